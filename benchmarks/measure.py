@@ -1,0 +1,131 @@
+"""How a figure is taken: interleaved rounds in one process, medians, ratios to a peer in the same rounds.
+
+A shared machine drifts by tens of per cent within minutes, so absolute times of two runs say little.
+Candidates therefore take turns (A B C, A B C, ...) and what is published is the ratio of their medians.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Tensor | tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a report: the same work done by several candidates.
+
+    `build` returns the candidates by name; the one called "rskernels" is ours, the one called `reference`
+    defines the right answer. `flops` is the arithmetic of one call (multiply and add counted apart).
+    """
+
+    name: str
+    build: Callable[[], Mapping[str, Call]]
+    dtype: torch.dtype
+    flops: float = 0.0
+    reference: str = "eager"
+    ours: str = "rskernels"
+    # Relative error against the reference candidate above which the case is not reported.
+    tolerance: float = field(default=0.0)
+
+    def allowed_error(self) -> float:
+        return self.tolerance or (2e-5 if self.dtype == torch.float32 else 3e-2)
+
+
+def seconds(calls: Mapping[str, Call], *, rounds: int = 7, budget: float = 20.0) -> dict[str, float]:
+    """Median seconds of each call over interleaved rounds; at least 3 of them when `budget` runs out."""
+    for call in calls.values():
+        call()
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    started = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - started > budget:
+            break
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def disagreement(case: Case, calls: Mapping[str, Call]) -> dict[str, float]:
+    """Relative error ‖out − ref‖/‖ref‖ of every candidate against the case's reference, worst output each."""
+
+    def outputs(call: Call) -> tuple[Tensor, ...]:
+        result = call()
+        return result if isinstance(result, tuple) else (result,)
+
+    expected = [tensor.double() for tensor in outputs(calls[case.reference])]
+    errors = {}
+    for name, call in calls.items():
+        pairs = zip(outputs(call), expected, strict=True)
+        errors[name] = max(float((a.double() - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
+    return errors
+
+
+def _peak_of(build: Callable[[], Mapping[str, Call]], name: str, threads: int, queue) -> None:
+    torch.set_num_threads(threads)
+    call = build()[name]
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def peak_bytes(case: Case, name: str) -> int:
+    """Bytes by which one call raises the peak resident memory of a fresh process (code it loads included)."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_peak_of, args=(case.build, name, torch.get_num_threads(), queue))
+    process.start()
+    value = queue.get()
+    process.join()
+    return value
+
+
+def matrix_peak(dtype: torch.dtype) -> float:
+    """FLOP/s of a well-fed convolution: what this machine's matrix units reach in practice."""
+    x = torch.randn(8, 256, 64, 64, dtype=dtype).to(memory_format=torch.channels_last)
+    w = torch.randn(256, 256, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
+
+    def convolve() -> Tensor:
+        return torch.nn.functional.conv2d(x, w, padding=1)
+
+    with torch.no_grad():
+        median = seconds({"conv": convolve}, rounds=9)["conv"]
+    return 2 * 8 * 256 * 256 * 9 * 64 * 64 / median
+
+
+def copy_bandwidth() -> float:
+    """Bytes/s of a copy that no cache holds (read and write counted)."""
+    source = torch.randn(64 * 2**20)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds({"copy": lambda: target.copy_(source)}, rounds=9)["copy"]
+
+
+def machine() -> dict[str, object]:
+    """What a figure is worth nothing without."""
+    model = platform.processor()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
+        model = names[0] if names else model
+    return {
+        "processor": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+    }

@@ -1,0 +1,54 @@
+// The host functions of rskernels._C. Operators are registered by the files in cpu/ through
+// TORCH_LIBRARY_IMPL; their schemas live in Python (rskernels/ops).
+#include <map>
+#include <string>
+
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include "cpu/isa.h"
+
+namespace {
+
+std::map<std::string, std::string> build_info() {
+  std::map<std::string, std::string> info;
+  info["torch"] = TORCH_VERSION;
+#if defined(__VERSION__)
+  info["compiler"] = __VERSION__;
+#elif defined(_MSC_FULL_VER)
+  info["compiler"] = "msvc " + std::to_string(_MSC_FULL_VER);
+#endif
+  info["c++"] = std::to_string(__cplusplus);
+#if defined(_OPENMP)
+  info["openmp"] = std::to_string(_OPENMP);
+#else
+  info["openmp"] = "off: at::parallel_for runs on one thread";
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  info["sanitizer"] = "address";
+#endif
+  return info;
+}
+
+// How many threads a parallel_for of this extension really gets (its OpenMP runtime must be torch's).
+int64_t parallel_threads() {
+  std::atomic<int64_t> threads{0};
+  at::parallel_for(0, 1024, 1, [&](int64_t, int64_t) { threads++; });
+  return threads;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "C++ kernels of rskernels";
+  module.def("build_info", &build_info, "What this extension was built with.");
+  module.def("parallel_threads", &parallel_threads, "Threads that a parallel loop of this extension gets.");
+  module.def(
+      "cpu_capability", []() { return std::string(rskernels::isa_level()); },
+      "Instruction set in use: baseline, avx2, avx512 or avx512_bf16.");
+  module.def(
+      "set_cpu_capability", [](const std::string& level) { rskernels::set_isa_level(level); },
+      "Use at most this instruction set; raises where the processor lacks it.");
+}

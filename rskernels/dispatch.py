@@ -1,0 +1,161 @@
+"""Which backend serves which operator: one table, and the switch that overrides it.
+
+`choose` is plain Python over constants of a call (operator, device, dtype), so torch.compile traces it
+away (fullgraph=True) and recompiles when `set_backend` changes the answer.
+
+The switch is one value for the whole process, not one per thread: a forward pass and the threads that
+autograd or a data loader run beside it see the same backend. Reading it needs no lock. Set it from one
+thread: two threads inside `backend(...)` at once would overwrite each other's choice (a result then
+comes from another backend, it is not wrong). A backward pass uses the backend its forward used.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "cpp", "triton", "cuda", "xformers", "sdpa")
+
+_CPP = {"cpu": {torch.float32: ("cpp",), torch.bfloat16: ("cpp",)}}
+
+# operator -> device -> dtype -> accelerated backends, best first. Whatever is not listed (float64, fp16
+# on the CPU, mixed dtypes, other devices) is served by the reference.
+TABLE: dict[str, dict[str, dict[torch.dtype, tuple[str, ...]]]] = {
+    "rel_pos_attention": _CPP,
+    "linear": _CPP,
+    "lora_linear": _CPP,
+    "lora_qkv": _CPP,
+    "cross_attention": {},
+    "distillation_loss": {},
+    "dilated_aspp": {},
+    "deformable_attention": {},
+}
+
+
+def _load_extension() -> str:
+    """Import rskernels._C; '' when it is usable, else the reason why not."""
+    if os.environ.get("RSKERNELS_DISABLE_EXT", "") not in ("", "0"):
+        return "switched off by RSKERNELS_DISABLE_EXT"
+    try:
+        from rskernels import _C
+    except ModuleNotFoundError:
+        return "not built (no C++ compiler at install time?); pip install --no-build-isolation -e . builds it"
+    except ImportError as error:
+        return f"does not load ({str(error).splitlines()[0]}); rebuild it against the installed torch"
+    built, running = _C.build_info()["torch"], torch.__version__
+    if built.split("+")[0] != running.split("+")[0]:
+        return f"was built against torch {built}, this is torch {running}; rebuild it"
+    return ""
+
+
+# backend -> why it serves nothing on this machine; a backend that works is not in here.
+UNAVAILABLE: dict[str, str] = {
+    "triton": "no Triton kernels in this version",
+    "cuda": "no CUDA kernels in this version",
+    "xformers": "no xformers backend in this version",
+    "sdpa": "no separate SDPA backend in this version (references use SDPA where it is exact)",
+}
+
+_extension_problem = _load_extension()
+if _extension_problem:
+    UNAVAILABLE["cpp"] = f"the extension rskernels._C {_extension_problem}"
+    warnings.warn(
+        f"rskernels: the extension rskernels._C {_extension_problem}; the slower plain-PyTorch reference serves",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+_requested = _checked(os.environ.get("RSKERNELS_BACKEND") or "auto", "RSKERNELS_BACKEND")
+
+
+def set_backend(name: str) -> None:
+    """Serve operators by `name` from now on: "auto" takes the best there is and falls back to the reference;
+    any other name raises ValueError at the call that it cannot serve."""
+    global _requested
+    _requested = _checked(name, "set_backend")
+
+
+def get_backend() -> str:
+    """The name that set_backend, backend(...) or RSKERNELS_BACKEND chose; "auto" unless one did."""
+    return _requested
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """`with rskernels.backend("reference"): ...` sets the backend and restores the previous one."""
+    previous = get_backend()
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(previous)
+
+
+def choose(op: str, *tensors: Tensor | None, without: Mapping[str, str] | None = None) -> str:
+    """The backend that serves this call of `op`.
+
+    Args:
+        op: a key of TABLE.
+        tensors: the call's tensor arguments, after autocast and casts; None is skipped.
+        without: backends that this call's other arguments rule out, each with the reason.
+    Raises:
+        ValueError: a backend was asked for by name and cannot serve this call.
+    """
+    if _requested == "reference":
+        return "reference"
+    device, dtype = _common(tensors)
+    candidates = TABLE[op].get(device, {}).get(dtype, ()) if dtype is not None else ()
+    if _requested == "auto":
+        for name in candidates:
+            if name not in UNAVAILABLE and (without is None or name not in without):
+                return name
+        return "reference"
+    if _requested in candidates and _requested not in UNAVAILABLE:
+        if without is None or _requested not in without:
+            return _requested
+    raise ValueError(_refusal(op, device, dtype, without))
+
+
+def _common(tensors: tuple[Tensor | None, ...]) -> tuple[str, torch.dtype | None]:
+    """The device type and dtype that all tensors share; dtype None where they do not."""
+    device, dtype = "", None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if device == "":
+            device, dtype = tensor.device.type, tensor.dtype
+        elif tensor.device.type != device or tensor.dtype != dtype:
+            return device, None
+    return device, dtype
+
+
+def _refusal(
+    op: str, device: str, dtype: torch.dtype | None, without: Mapping[str, str] | None
+) -> str:
+    if without is not None and _requested in without:
+        why = without[_requested]
+    elif _requested in UNAVAILABLE:
+        why = UNAVAILABLE[_requested]
+    else:
+        rows = [
+            f"{row_device} {str(row_dtype).removeprefix('torch.')}"
+            for row_device, dtypes in TABLE[op].items()
+            for row_dtype, names in dtypes.items()
+            if _requested in names
+        ]
+        why = f"it serves {op} for {', '.join(rows)} only" if rows else f"it has no {op}"
+    what = "mixed dtypes" if dtype is None else str(dtype).removeprefix("torch.")
+    return (
+        f"backend {_requested!r} cannot serve {op} for {what} on {device or 'no device'}: {why}; "
+        "use set_backend('auto') or set_backend('reference')"
+    )

@@ -1,0 +1,62 @@
+"""The `rskernels` operator namespace, and what every operator file needs to register itself.
+
+Schemas are defined here, once, in Python: a pure-Python install has every operator. The extension only
+adds CPU kernels to them (TORCH_LIBRARY_IMPL); until it does, the reference given to `define` serves.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("rskernels", "DEF")
+
+
+def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Register the operator of `schema` and return it.
+
+    `reference` computes it in plain PyTorch on any device; it runs with autocast off, so that an operator
+    computes in the dtype of its arguments wherever it is called from. `fake` gives shapes and dtypes only.
+    """
+    name = schema.split("(")[0]
+
+    def without_autocast(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return reference(*args, **kwargs)
+
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, without_autocast, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rskernels::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.rskernels, name).default
+
+
+def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+    """Give operator `name` its autograd formula (see torch.library.register_autograd)."""
+    torch.library.register_autograd(
+        f"rskernels::{name}", backward, setup_context=setup_context, lib=LIBRARY
+    )
+
+
+def once_differentiable(name: str) -> None:
+    """Make differentiating the backward operator `name` an error instead of a silent wrong answer."""
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            f"rskernels::{name} has no second derivative; "
+            "compute under rskernels.backend('reference') to differentiate twice"
+        )
+
+    differentiate(name, backward, lambda ctx, inputs, output: None)
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype autocast asks for on this device, or None where it is off."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def cast_like(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in `dtype`; what already is stays the same object, None stays None."""
+    return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)

@@ -1,0 +1,1 @@
+"""One operator, one file: docstring, reference, schema, registration, autograd, fake implementation."""
