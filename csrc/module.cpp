@@ -1,7 +1,9 @@
 // The host functions of rskernels._C. Operators are registered by the files in cpu/ through
 // TORCH_LIBRARY_IMPL; their schemas live in Python (rskernels/ops).
+#include <atomic>
 #include <map>
 #include <string>
+#include <vector>
 
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
@@ -9,6 +11,7 @@
 #include <torch/version.h>
 
 #include "cpu/isa.h"
+#include "cpu/linear.h"
 
 namespace {
 
@@ -39,6 +42,16 @@ int64_t parallel_threads() {
   return threads;
 }
 
+// The table of cpu/linear.h as a flat list: (float32, bfloat16) x (forward, grad_input, grad_weight) x shape
+// class; 0 = aten, 1 = onednn.
+void set_product_table(const std::vector<int>& products) {
+  auto& table = rskernels::product_table();
+  TORCH_CHECK_VALUE(products.size() == table.size(), "expected ", table.size(), " entries, got ", products.size());
+  for (size_t i = 0; i < table.size(); ++i) {
+    table[i].store(products[i] != 0 ? rskernels::Product::onednn : rskernels::Product::aten);
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -46,9 +59,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("build_info", &build_info, "What this extension was built with.");
   module.def("parallel_threads", &parallel_threads, "Threads that a parallel loop of this extension gets.");
   module.def(
-      "cpu_capability", []() { return std::string(rskernels::isa_level()); },
+      "cpu_capability", []() { return std::string(rskernels::isa_name(rskernels::isa_level())); },
       "Instruction set in use: baseline, avx2, avx512 or avx512_bf16.");
   module.def(
       "set_cpu_capability", [](const std::string& level) { rskernels::set_isa_level(level); },
       "Use at most this instruction set; raises where the processor lacks it.");
+  module.def("set_product_table", &set_product_table, "Which library's product serves linear, per shape class.");
+  module.def("shape_class", &rskernels::shape_class, "Shape class of a linear layer with (rows, in, out).");
 }

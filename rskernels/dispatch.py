@@ -9,6 +9,7 @@ thread: two threads inside `backend(...)` at once would overwrite each other's c
 comes from another backend, it is not wrong). A backward pass uses the backend its forward used.
 """
 
+import importlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,7 @@ def _load_extension() -> str:
     if os.environ.get("RSKERNELS_DISABLE_EXT", "") not in ("", "0"):
         return "switched off by RSKERNELS_DISABLE_EXT"
     try:
-        from rskernels import _C
+        _C = importlib.import_module("rskernels._C")
     except ModuleNotFoundError:
         return "not built (no C++ compiler at install time?); pip install --no-build-isolation -e . builds it"
     except ImportError as error:
@@ -56,7 +57,7 @@ UNAVAILABLE: dict[str, str] = {
     "triton": "no Triton kernels in this version",
     "cuda": "no CUDA kernels in this version",
     "xformers": "no xformers backend in this version",
-    "sdpa": "no separate SDPA backend in this version (references use SDPA where it is exact)",
+    "sdpa": "no SDPA backend in this version",
 }
 
 _extension_problem = _load_extension()

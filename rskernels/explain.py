@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from rskernels import dispatch, tuning
+from rskernels import __version__, dispatch, tuning
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -19,8 +19,6 @@ def explain() -> str:
 
 
 def _versions() -> list[str]:
-    from rskernels import __version__
-
     gpu = "none"
     if torch.cuda.is_available():
         gpu = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
@@ -47,10 +45,10 @@ def _extension() -> list[str]:
 
 def _table() -> list[str]:
     """One line per operator and device: what "auto" takes for each dtype."""
-    lines = ["operator              device  " + "".join(f"{_name(d):<11}" for d in _DTYPES)]
+    lines = ["operator              device  " + "  ".join(f"{_name(d):<9}" for d in _DTYPES).rstrip()]
     for op in dispatch.TABLE:
         for device in ("cpu", "cuda"):
-            cells = "".join(f"{_served_by(op, device, dtype):<11}" for dtype in _DTYPES)
+            cells = "  ".join(f"{_served_by(op, device, dtype):<9}" for dtype in _DTYPES)
             lines.append(f"{op:<22}{device:<8}{cells}".rstrip())
     return lines
 

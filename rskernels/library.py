@@ -50,13 +50,10 @@ def once_differentiable(name: str) -> None:
     differentiate(name, backward, lambda ctx, inputs, output: None)
 
 
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype autocast asks for on this device, or None where it is off."""
-    if torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
-
-
-def cast_like(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in `dtype`; what already is stays the same object, None stays None."""
+def cast_to_compute_dtype(lead: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The autocast rule of the product operators: every tensor in autocast's dtype where autocast is on
+    (float64 stays as it is), else in the dtype of `lead`. What already has it stays the same object."""
+    dtype, device = lead.dtype, lead.device.type
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)

@@ -1,0 +1,215 @@
+// rel_pos_attention on the CPU: the forward pass. Meaning and formulas: rskernels/ops/rel_pos_attention.py.
+//
+// A unit's keys and values are packed once; then, for each tile of queries and each tile of keys,
+//   scores (keys x queries) = K q^T                                  [tile product]
+//   maxima, then p = exp(scale * scores + rel_h + rel_w - max)       [two vector passes]
+//   out (dim x queries) += V^T p                                     [tile product]
+// with the usual online softmax over the key tiles. Scores never leave the cache, and the bias exists only as
+// the two small tables rel_h and rel_w of the query tile.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include "rel_pos_attention.h"
+
+#define RSK_SIMD_FILE "rel_pos_attention_simd.h"
+#include "foreach_isa.h"
+
+namespace rskernels {
+
+template <typename Io, typename Tile>
+const AttentionKernels<Io, Tile>& attention_kernels() {
+  return RSK_AT_ISA_LEVEL(kAttentionKernels<Io, Tile>);
+}
+template const AttentionKernels<float, float>& attention_kernels();
+template const AttentionKernels<at::BFloat16, float>& attention_kernels();
+template const AttentionKernels<at::BFloat16, at::BFloat16>& attention_kernels();
+
+Layout::Layout(const at::Tensor& qkv, int64_t num_heads, int64_t window_size, double scale_)
+    : batch(qkv.size(0)),
+      height(qkv.size(1)),
+      width(qkv.size(2)),
+      heads(num_heads),
+      dim(qkv.size(3) / 3 / num_heads),
+      embed(qkv.size(3) / 3),
+      window_h(window_size > 0 ? window_size : height),
+      window_w(window_size > 0 ? window_size : width),
+      windows_down((height + window_h - 1) / window_h),
+      windows_across((width + window_w - 1) / window_w),
+      keys(window_h * window_w),
+      row_size(round_up(dim, kVector)),
+      scale(static_cast<float>(scale_)) {}
+
+// Heads are innermost: the heads of a window lie side by side in memory.
+Unit Layout::unit(int64_t index) const {
+  Unit unit;
+  unit.head = index % heads;
+  index /= heads;
+  unit.left = index % windows_across * window_w;
+  index /= windows_across;
+  unit.top = index % windows_down * window_h;
+  unit.batch = index / windows_down;
+  unit.rows = std::min(window_h, height - unit.top);
+  unit.columns = std::min(window_w, width - unit.left);
+  return unit;
+}
+
+Tables::Tables(const Layout& layout, const std::optional<at::Tensor>& h, const std::optional<at::Tensor>& w) {
+  if (!h.has_value()) return;
+  entries_h = h->size(0);
+  entries = entries_h + w->size(0);
+  stride = round_up(entries + kVector, kVector); // room for a vector that starts at the last entry
+  rows = at::zeros({entries, layout.dim}, h->options().dtype(at::kFloat));
+  rows.narrow(0, 0, entries_h).copy_(h->flip(0));
+  rows.narrow(0, entries_h, entries - entries_h).copy_(w->flip(0));
+}
+
+at::Tensor padding(const Layout& layout, const at::Tensor& qkv, const std::optional<at::Tensor>& pad_qkv) {
+  return pad_qkv.has_value() ? pad_qkv->to(qkv.scalar_type()).contiguous()
+                             : at::zeros({3 * layout.embed}, qkv.options());
+}
+
+namespace {
+
+template <typename Io, typename Tile>
+class Forward {
+ public:
+  Forward(
+      const Layout& layout, const Tables& tables, const Tile* packed_tables, const at::Tensor& qkv,
+      const at::Tensor& pad, const at::Tensor& out, const at::Tensor& lse, int64_t parts)
+      : layout_(layout),
+        key_tiles_(key_tiling(layout)),
+        qkv_(qkv),
+        pad_(pad.const_data_ptr<Io>()),
+        out_(out),
+        lse_(lse.data_ptr<float>()),
+        parts_(parts),
+        simd_(attention_kernels<Io, Tile>()),
+        queries_(layout, tables, packed_tables, scratch_) {
+    const int64_t tokens = key_tiles_.count * key_tiles_.size;
+    k_rows_ = scratch_.take<Tile>(tokens * layout.row_size);
+    v_rows_ = scratch_.take<Tile>(tokens * layout.row_size);
+    v_left_ = scratch_.take<Tile>(tokens * layout.row_size);
+    scores_ = scratch_.take<float>(key_tiles_.size * kQueryTile);
+    if constexpr (std::is_same_v<Tile, float>) {
+      p_ = scores_;
+    } else {
+      p_ = scratch_.take<Tile>(key_tiles_.size * kQueryTile);
+    }
+    largest_ = scratch_.take<float>(kQueryTile);
+    old_largest_ = scratch_.take<float>(kQueryTile);
+    sums_ = scratch_.take<float>(kQueryTile);
+    out_t_ = scratch_.take<float>(kQueryTile * layout.row_size);
+    out_rows_ = scratch_.take<float>(kQueryTile * layout.row_size);
+  }
+
+  // Task t is part t % parts of the query tiles of unit t / parts.
+  void run(int64_t task) {
+    const Unit unit = layout_.unit(task / parts_);
+    const Tiling tiles(unit.queries(), kQueryTile);
+    const int64_t part = task % parts_;
+    const int64_t first = tiles.count * part / parts_, last = tiles.count * (part + 1) / parts_;
+    if (first == last) return;
+    pack_window<Io, Tile>(layout_, qkv_, pad_, unit, 1, k_rows_);
+    pack_window<Io, Tile>(layout_, qkv_, pad_, unit, 2, v_rows_);
+    transpose_keys<Io, Tile>(layout_, key_tiles_, v_rows_, v_left_);
+    for (int64_t t = first; t < last; ++t) attend(unit, tiles.begin(t), tiles.length(t));
+  }
+
+ private:
+  void attend(const Unit& unit, int64_t begin, int64_t n) {
+    queries_.load(qkv_, unit, begin, n);
+    std::fill_n(largest_, queries_.lanes, -std::numeric_limits<float>::infinity());
+    std::fill_n(sums_, queries_.lanes, 0.0f);
+    for (int64_t t = 0; t < key_tiles_.count; ++t) attend_to(t);
+    write(unit, begin);
+  }
+
+  // Online softmax: one more tile of keys and values.
+  void attend_to(int64_t t) {
+    const int64_t lanes = queries_.lanes, keys = key_tiles_.length(t), first = key_tiles_.begin(t);
+    const ScoreTile tile = queries_.scores(first, keys);
+    tile_product(
+        keys, lanes, depth<Tile>(layout_.dim), k_rows_ + first * layout_.row_size, layout_.row_size, queries_.right,
+        lanes, scores_, lanes, false);
+    std::copy_n(largest_, lanes, old_largest_);
+    simd_.row_max(tile, scores_, largest_);
+    if (t > 0) simd_.rescale(lanes, old_largest_, largest_, sums_, out_t_, layout_.dim);
+    simd_.softmax(tile, scores_, largest_, sums_, p_);
+    tile_product(
+        layout_.dim, lanes, depth<Tile>(keys), v_left_ + first * layout_.row_size, key_tiles_.size, p_, lanes, out_t_,
+        lanes, t > 0);
+  }
+
+  void write(const Unit& unit, int64_t begin) {
+    const int64_t lanes = queries_.lanes, row = layout_.row_size;
+    simd_.transpose(out_t_, lanes, nullptr, layout_.dim, lanes, out_rows_, row);
+    for (int64_t i = 0; i < queries_.count; ++i) {
+      float* values = out_rows_ + i * row;
+      const float factor = 1.0f / sums_[i];
+      for (int64_t c = 0; c < layout_.dim; ++c) values[c] *= factor;
+      simd_.write_row(values, out_.at(unit, begin + i) + unit.head * layout_.dim, layout_.dim);
+      lse_[layout_.lse_index(unit, begin + i)] = largest_[i] + std::log(sums_[i]);
+    }
+  }
+
+  const Layout& layout_;
+  const Tiling key_tiles_;
+  const Tokens<const Io> qkv_;
+  const Io* pad_;
+  const Tokens<Io> out_;
+  float* lse_;
+  const int64_t parts_;
+  const AttentionKernels<Io, Tile>& simd_;
+  Scratch scratch_;
+  QueryTile<Io, Tile> queries_;
+  Tile *k_rows_, *v_rows_, *v_left_, *p_;
+  float *scores_, *largest_, *old_largest_, *sums_, *out_t_, *out_rows_;
+};
+
+template <typename Io, typename Tile>
+void forward(
+    const Layout& layout, const Tables& tables, const at::Tensor& qkv, const at::Tensor& pad, const at::Tensor& out,
+    const at::Tensor& lse) {
+  const std::vector<Tile> packed = packed_tables<Io, Tile>(layout, tables);
+  // Several tasks a unit only where there are few units: each packs the unit's keys again. A query's result
+  // does not depend on the cut.
+  const int64_t units = layout.units();
+  const int64_t most = Tiling(layout.keys, kQueryTile).count;
+  const int64_t parts = std::clamp<int64_t>((4 * at::get_num_threads() + units - 1) / units, 1, most);
+  run_tasks(units * parts, [&] {
+    return Forward<Io, Tile>(layout, tables, packed.data(), qkv, pad, out, lse, parts);
+  });
+}
+
+std::tuple<at::Tensor, at::Tensor> rel_pos_attention_forward(
+    const at::Tensor& qkv_, const std::optional<at::Tensor>& rel_pos_h, const std::optional<at::Tensor>& rel_pos_w,
+    const std::optional<at::Tensor>& pad_qkv, int64_t num_heads, int64_t window_size, double scale) {
+  const at::Tensor qkv = qkv_.stride(3) == 1 ? qkv_ : qkv_.contiguous();
+  const Layout layout(qkv, num_heads, window_size, scale);
+  const Tables tables(layout, rel_pos_h, rel_pos_w);
+  const at::Tensor pad = padding(layout, qkv, pad_qkv);
+  at::Tensor out = at::empty({layout.batch, layout.height, layout.width, layout.embed}, qkv.options());
+  at::Tensor lse = at::empty({layout.batch, layout.heads, layout.height, layout.width}, qkv.options().dtype(at::kFloat));
+  if (qkv.numel() == 0) return {out, lse};
+  if (qkv.scalar_type() == at::kFloat) {
+    forward<float, float>(layout, tables, qkv, pad, out, lse);
+  } else if (has_bf16_tiles()) {
+    forward<at::BFloat16, at::BFloat16>(layout, tables, qkv, pad, out, lse);
+  } else {
+    forward<at::BFloat16, float>(layout, tables, qkv, pad, out, lse);
+  }
+  return {out, lse};
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(rskernels, CPU, m) {
+  m.impl("rel_pos_attention_forward", &rel_pos_attention_forward);
+}
+
+} // namespace rskernels

@@ -1,0 +1,278 @@
+// What the forward and the backward pass of rel_pos_attention share: where things are in memory, how the work
+// is cut, and the buffers of a thread.
+//
+// Names: a *unit* is one head of one window (of the whole grid where there are no windows). Its keys are all
+// the window's tokens, those of the virtual padding included; its queries are the tokens inside the grid.
+// *Lanes* are the queries of a tile, rounded up to whole vectors.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "tile.h"
+
+namespace rskernels {
+
+constexpr int64_t kVector = 16;       // lanes and row lengths are multiples of it at every instruction set
+constexpr int64_t kQueryTile = 64;    // measured: larger ones leave the first-level cache
+constexpr int64_t kKeyTile = 128;     // likewise
+constexpr int64_t kWholeWindow = 256; // up to here all keys of a unit form one tile
+
+inline int64_t round_up(int64_t n, int64_t step) {
+  return (n + step - 1) / step * step;
+}
+
+// A range cut into equal tiles, the last one smaller.
+struct Tiling {
+  int64_t total, size, count;
+
+  Tiling(int64_t n, int64_t largest) : total(n) {
+    const int64_t pieces = (n + largest - 1) / largest;
+    size = round_up((n + pieces - 1) / pieces, kVector);
+    count = (n + size - 1) / size;
+  }
+  int64_t begin(int64_t tile) const { return tile * size; }
+  int64_t length(int64_t tile) const { return std::min(size, total - begin(tile)); }
+};
+
+// One tile of scores, keys x lanes, and its biases: rel_h (grid rows x lanes), rel_w (grid columns x lanes);
+// null without bias.
+struct ScoreTile {
+  int64_t keys, lanes, first_key, grid_width;
+  float scale;
+  const float *rel_h, *rel_w;
+};
+
+struct GradientTile : ScoreTile {
+  const float *scores, *dp;   // Q K^T and dO V^T
+  const float *lse, *delta;   // per lane
+  float *grad_h, *grad_w;     // sums of ds, laid out as rel_h and rel_w
+};
+
+// Vector passes, chosen by instruction set (rel_pos_attention_simd.h).
+template <typename Io, typename Tile>
+struct AttentionKernels {
+  void (*pack_row)(const Io* from, Tile* to, int64_t n);
+  void (*write_row)(const float* from, Io* to, int64_t n);
+  float (*dot)(const Io* a, const Io* b, int64_t n);
+  void (*transpose_left)(const Tile* from, int64_t from_stride, int64_t rows, int64_t columns, Tile* to, int64_t to_stride);
+  void (*transpose_right)(const Tile* from, int64_t from_stride, int64_t rows, int64_t columns, Tile* to, int64_t to_stride);
+  const Tile* (*pair_rows)(const Tile* from, int64_t stride, int64_t rows, Tile* to);
+  void (*transpose)(const float* from, int64_t from_stride, const int64_t* shift, int64_t rows, int64_t columns, float* to, int64_t to_stride);
+  void (*transpose_into_shifted)(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride, const int64_t* shift);
+  void (*row_max)(const ScoreTile& tile, const float* scores, float* largest);
+  void (*softmax)(const ScoreTile& tile, const float* scores, const float* largest, float* sums, Tile* out);
+  void (*rescale)(int64_t lanes, const float* old_largest, const float* largest, float* sums, float* out, int64_t rows);
+  void (*score_gradient)(const GradientTile& tile, Tile* p_rows, Tile* ds_rows, Tile* ds_pairs);
+};
+
+template <typename Io, typename Tile>
+const AttentionKernels<Io, Tile>& attention_kernels();
+
+// Zeroed, aligned memory for one thread, freed at the end of its work.
+class Scratch {
+ public:
+  template <typename T>
+  T* take(int64_t n) {
+    constexpr int64_t kAlign = 64, kSlack = 64 * sizeof(float); // transpositions run over the end
+    char* block = static_cast<char*>(std::calloc(n * sizeof(T) + kSlack + kAlign, 1));
+    TORCH_CHECK(block != nullptr, "rel_pos_attention: out of memory");
+    blocks_.emplace_back(block, std::free);
+    return reinterpret_cast<T*>(round_up(reinterpret_cast<int64_t>(block), kAlign));
+  }
+
+ private:
+  std::vector<std::unique_ptr<char, void (*)(void*)>> blocks_;
+};
+
+// The depth of a tile product over n: bf16 goes by pairs, the odd one out is paired with zero.
+template <typename Tile>
+int64_t depth(int64_t n) {
+  return std::is_same_v<Tile, float> ? n : round_up(n, 2);
+}
+
+struct Unit {
+  int64_t batch, head, top, left, rows, columns; // of the window: where it starts, how much is inside the grid
+  int64_t queries() const { return rows * columns; }
+};
+
+// The shape of a call, from the tensors.
+struct Layout {
+  int64_t batch, height, width, heads, dim, embed;
+  int64_t window_h, window_w, windows_down, windows_across;
+  int64_t keys;      // of a unit
+  int64_t row_size;  // of a packed token: dim, rounded up to whole vectors
+  float scale;
+
+  Layout(const at::Tensor& qkv, int64_t num_heads, int64_t window_size, double scale);
+
+  int64_t units() const { return batch * windows_down * windows_across * heads; }
+  Unit unit(int64_t index) const;
+  // Where a query's log-sum-exp lies in (B, heads, H, W).
+  int64_t lse_index(const Unit& unit, int64_t query) const {
+    const int64_t y = unit.top + query / unit.columns, x = unit.left + query % unit.columns;
+    return ((unit.batch * heads + unit.head) * height + y) * width + x;
+  }
+};
+
+// pad_qkv in the dtype of qkv; zeros where there is none.
+at::Tensor padding(const Layout& layout, const at::Tensor& qkv, const std::optional<at::Tensor>& pad_qkv);
+
+// rel_pos_h and rel_pos_w one after the other, rows reversed: the biases of query i then are `window_h`
+// neighbours from column window_h - 1 - i_h on, and `window_w` neighbours likewise.
+struct Tables {
+  at::Tensor rows;   // (entries, dim) fp32, or undefined without bias
+  int64_t entries_h = 0, entries = 0, stride = 0;
+
+  Tables(const Layout& layout, const std::optional<at::Tensor>& h, const std::optional<at::Tensor>& w);
+  bool defined() const { return entries > 0; }
+};
+
+// A (B, H, W, channels) tensor whose channels are neighbours.
+template <typename Io>
+struct Tokens {
+  Io* data;
+  int64_t batch_stride, row_stride, column_stride;
+
+  explicit Tokens(const at::Tensor& t)
+      : data(static_cast<Io*>(t.data_ptr())),
+        batch_stride(t.stride(0)),
+        row_stride(t.stride(1)),
+        column_stride(t.stride(2)) {}
+  Io* at(int64_t batch, int64_t y, int64_t x) const {
+    return data + batch * batch_stride + y * row_stride + x * column_stride;
+  }
+  // Query `index` of a unit.
+  Io* at(const Unit& unit, int64_t index) const {
+    return at(unit.batch, unit.top + index / unit.columns, unit.left + index % unit.columns);
+  }
+};
+
+// What a thread knows of the query tile at hand.
+template <typename Io, typename Tile>
+class QueryTile {
+ public:
+  QueryTile(const Layout& layout, const Tables& tables, const Tile* packed_tables, Scratch& scratch)
+      : layout_(layout), tables_(tables), packed_tables_(packed_tables), simd_(attention_kernels<Io, Tile>()) {
+    rows = scratch.take<Tile>(kQueryTile * layout.row_size);
+    right = scratch.take<Tile>(kQueryTile * layout.row_size);
+    if (!tables.defined()) return;
+    products_ = scratch.take<float>(kQueryTile * tables.stride);
+    rel_h_ = scratch.take<float>(kQueryTile * layout.window_h);
+    rel_w_ = scratch.take<float>(kQueryTile * layout.window_w);
+  }
+
+  // Queries begin .. begin + n of the unit: q as rows and as a right operand, and their biases.
+  void load(const Tokens<const Io>& qkv, const Unit& unit, int64_t begin, int64_t n) {
+    count = n;
+    lanes = round_up(n, kVector);
+    pack(qkv, unit, begin, unit.head * layout_.dim, rows);
+    simd_.transpose_right(rows, layout_.row_size, lanes, layout_.dim, right, lanes);
+    if (tables_.defined()) load_bias(unit, begin);
+  }
+
+  // Channels first .. first + dim of the tile's tokens in `tokens`, as rows; lanes beyond the last query are 0.
+  void pack(const Tokens<const Io>& tokens, const Unit& unit, int64_t begin, int64_t first, Tile* to) const {
+    for (int64_t i = 0; i < count; ++i) {
+      simd_.pack_row(tokens.at(unit, begin + i) + first, to + i * layout_.row_size, layout_.dim);
+    }
+    std::fill(to + count * layout_.row_size, to + lanes * layout_.row_size, Tile(0));
+  }
+
+  ScoreTile scores(int64_t first_key, int64_t keys) const {
+    return {keys, lanes, first_key, layout_.window_w, layout_.scale, rel_h_, rel_w_};
+  }
+
+  // Where a query's biases start in its row of products with the tables.
+  int64_t shift_h[kQueryTile] = {}, shift_w[kQueryTile] = {};
+  int64_t count = 0, lanes = 0;
+  Tile *rows, *right;
+
+ private:
+  void load_bias(const Unit& unit, int64_t begin) {
+    for (int64_t i = 0; i < count; ++i) {
+      shift_h[i] = layout_.window_h - 1 - (begin + i) / unit.columns;
+      shift_w[i] = tables_.entries_h + layout_.window_w - 1 - (begin + i) % unit.columns;
+    }
+    tile_product(
+        lanes, tables_.stride, depth<Tile>(layout_.dim), rows, layout_.row_size, packed_tables_, tables_.stride, products_,
+        tables_.stride, false);
+    simd_.transpose(products_, tables_.stride, shift_h, lanes, layout_.window_h, rel_h_, lanes);
+    simd_.transpose(products_, tables_.stride, shift_w, lanes, layout_.window_w, rel_w_, lanes);
+  }
+
+  const Layout& layout_;
+  const Tables& tables_;
+  const Tile* packed_tables_;
+  const AttentionKernels<Io, Tile>& simd_;
+  float *products_ = nullptr, *rel_h_ = nullptr, *rel_w_ = nullptr;
+};
+
+// Keys (which = 1) or values (which = 2) of a unit as rows; tokens of the padding come from `pad`.
+template <typename Io, typename Tile>
+void pack_window(
+    const Layout& layout, const Tokens<const Io>& qkv, const Io* pad, const Unit& unit, int64_t which, Tile* to) {
+  const auto& simd = attention_kernels<Io, Tile>();
+  const int64_t first = which * layout.embed + unit.head * layout.dim;
+  for (int64_t y = 0; y < layout.window_h; ++y) {
+    for (int64_t x = 0; x < layout.window_w; ++x, to += layout.row_size) {
+      const bool inside = y < unit.rows && x < unit.columns;
+      const Io* from = inside ? qkv.at(unit.batch, unit.top + y, unit.left + x) : pad;
+      simd.pack_row(from + first, to, layout.dim);
+    }
+  }
+}
+
+// Rows of a unit as left operands, one per key tile, each (dim, tile.size).
+template <typename Io, typename Tile>
+void transpose_keys(const Layout& layout, const Tiling& tiles, const Tile* rows, Tile* to) {
+  for (int64_t t = 0; t < tiles.count; ++t) {
+    attention_kernels<Io, Tile>().transpose_left(
+        rows + tiles.begin(t) * layout.row_size, layout.row_size, tiles.length(t), layout.dim,
+        to + t * layout.row_size * tiles.size, tiles.size);
+  }
+}
+
+// The tables as a right operand (dim, stride).
+template <typename Io, typename Tile>
+std::vector<Tile> packed_tables(const Layout& layout, const Tables& tables) {
+  if (!tables.defined()) return {};
+  std::vector<Tile> rows(tables.entries * layout.row_size + kVector, Tile(0));
+  const float* from = tables.rows.const_data_ptr<float>();
+  for (int64_t i = 0; i < tables.entries; ++i) {
+    std::copy_n(from + i * layout.dim, layout.dim, rows.data() + i * layout.row_size);
+  }
+  std::vector<Tile> packed(layout.row_size * tables.stride, Tile(0));
+  attention_kernels<Io, Tile>().transpose_right(
+      rows.data(), layout.row_size, tables.entries, layout.dim, packed.data(), tables.stride);
+  return packed;
+}
+
+inline Tiling key_tiling(const Layout& layout) {
+  return Tiling(layout.keys, layout.keys <= kWholeWindow ? kWholeWindow : kKeyTile);
+}
+
+// Runs task(0) ... task(tasks - 1), whichever thread is free taking the next. make() builds a thread's worker.
+template <typename Make>
+void run_tasks(int64_t tasks, const Make& make) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    {
+      auto worker = make();
+      for (int64_t task = next++; task < tasks; task = next++) worker.run(task);
+    }
+    tile_release();
+  });
+}
+
+} // namespace rskernels

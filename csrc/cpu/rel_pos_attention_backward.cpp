@@ -1,0 +1,341 @@
+// rel_pos_attention on the CPU: the backward pass. Meaning and formulas: rskernels/ops/rel_pos_attention.py.
+//
+// For each tile of queries and each tile of keys (everything keys x queries, as in the forward pass):
+//   scores = K q^T,  dp = V do^T                                     [two tile products]
+//   p = exp(logit - lse),  ds = p * (dp - delta),
+//   rel_h and rel_w get the sums of ds over their keys               [one vector pass]
+//   dV += p do,  dK += ds q,  dq^T += K^T ds                         [three tile products]
+// where delta_i = do_i . out_i. A query tile's dq is complete when its last key tile is done.
+//
+// Determinism: sums over queries run in order within a *part* of a unit, parts are added in order, and so are
+// the *slices* of tasks that share one sum of table gradients. How the work is cut into parts and slices
+// depends on the shape of the call alone, so the bits do not depend on the number of threads.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "rel_pos_attention.h"
+
+namespace rskernels {
+namespace {
+
+constexpr int64_t kEnoughTasks = 24; // fewer units than this are cut into parts
+constexpr int64_t kMostSlices = 128; // partial sums of the tables' gradients
+
+struct Cut {
+  int64_t parts, tasks, slices;
+
+  explicit Cut(const Layout& layout) {
+    const int64_t units = std::max<int64_t>(1, layout.units());
+    const int64_t most = std::max<int64_t>(1, layout.keys / (4 * kQueryTile));
+    parts = std::clamp<int64_t>(kEnoughTasks / units, 1, most);
+    tasks = units * parts;
+    slices = std::min(tasks, kMostSlices);
+  }
+  int64_t first_task(int64_t slice) const { return tasks * slice / slices; }
+};
+
+struct Wanted {
+  bool qkv, rel_h, rel_w, pad;
+  bool tables() const { return rel_h || rel_w; }
+  bool keys() const { return qkv || pad; }
+};
+
+// The tensors of a call. Partial sums have one row per slice or task.
+struct Call {
+  at::Tensor grad, qkv, out, lse, pad;         // in
+  at::Tensor dqkv, table_sums, pad_sums;       // out: (B, H, W, 3D), (slices, entries, dim), (slices, 3D)
+  at::Tensor part_sums;                        // (tasks, 2, keys, dim): dk and dv where units have parts
+  Wanted wanted;
+};
+
+template <typename Io, typename Tile>
+class Backward {
+ public:
+  Backward(const Layout& layout, const Cut& cut, const Tables& tables, const Tile* packed_tables, const Call& call)
+      : layout_(layout),
+        cut_(cut),
+        tables_(tables),
+        call_(call),
+        key_tiles_(key_tiling(layout)),
+        qkv_(call.qkv),
+        grad_(call.grad),
+        out_(call.out),
+        dqkv_(call.dqkv),
+        pad_(call.pad.const_data_ptr<Io>()),
+        lse_data_(call.lse.const_data_ptr<float>()),
+        simd_(attention_kernels<Io, Tile>()),
+        queries_(layout, tables, packed_tables, scratch_) {
+    const int64_t row = layout.row_size, packed = key_tiles_.count * key_tiles_.size * row;
+    k_rows_ = scratch_.take<Tile>(packed);
+    k_left_ = scratch_.take<Tile>(packed);
+    v_rows_ = scratch_.take<Tile>(packed);
+    for (float** sums : {&dk_, &dv_}) *sums = scratch_.take<float>(layout.keys * layout.dim);
+    for (Tile** rows : {&do_rows_, &do_right_, &do_pairs_, &q_pairs_}) *rows = scratch_.take<Tile>(kQueryTile * row);
+    const int64_t tile = key_tiles_.size * kQueryTile;
+    scores_ = scratch_.take<float>(tile);
+    dp_ = scratch_.take<float>(tile);
+    if constexpr (std::is_same_v<Tile, float>) {
+      p_rows_ = scores_;
+      ds_rows_ = ds_pairs_ = dp_;
+    } else {
+      for (Tile** rows : {&p_rows_, &ds_rows_, &ds_pairs_}) *rows = scratch_.take<Tile>(tile);
+    }
+    for (float** rows : {&lse_, &delta_}) *rows = scratch_.take<float>(kQueryTile);
+    for (float** rows : {&dq_left_, &dq_rows_, &q_float_}) *rows = scratch_.take<float>(kQueryTile * row);
+    if (!tables.defined()) return;
+    grad_h_ = scratch_.take<float>(kQueryTile * round_up(layout.window_h, kVector));
+    grad_w_ = scratch_.take<float>(kQueryTile * round_up(layout.window_w, kVector));
+    grad_products_ = scratch_.take<float>(kQueryTile * tables.stride);
+    grad_products_left_ = scratch_.take<float>(kQueryTile * tables.stride);
+  }
+
+  // All tasks of a slice, in order. Task t is part t % parts of the query tiles of unit t / parts.
+  void run(int64_t slice) {
+    slice_ = slice;
+    for (int64_t task = cut_.first_task(slice); task < cut_.first_task(slice + 1); ++task) run_task(task);
+  }
+
+  // Adds up the parts of a unit, and writes its dk and dv.
+  void merge_parts(int64_t index) {
+    slice_ = index; // there are at least as many slices as units here
+    const int64_t n = 2 * layout_.keys * layout_.dim;
+    const float* parts = call_.part_sums.const_data_ptr<float>() + index * cut_.parts * n;
+    std::copy_n(parts, n / 2, dk_);
+    std::copy_n(parts + n / 2, n / 2, dv_);
+    for (int64_t part = 1; part < cut_.parts; ++part) {
+      for (int64_t i = 0; i < n / 2; ++i) {
+        dk_[i] += parts[part * n + i];
+        dv_[i] += parts[part * n + n / 2 + i];
+      }
+    }
+    write_key_gradients(layout_.unit(index));
+  }
+
+ private:
+  void run_task(int64_t task) {
+    const Unit unit = layout_.unit(task / cut_.parts);
+    const Tiling tiles(unit.queries(), kQueryTile);
+    const int64_t part = task % cut_.parts;
+    load_keys(unit);
+    const int64_t last = tiles.count * (part + 1) / cut_.parts;
+    for (int64_t t = tiles.count * part / cut_.parts; t < last; ++t) {
+      add_queries(unit, tiles.begin(t), tiles.length(t));
+    }
+    if (!call_.wanted.keys()) return;
+    if (cut_.parts == 1) return write_key_gradients(unit);
+    const int64_t n = layout_.keys * layout_.dim;
+    float* sums = call_.part_sums.template data_ptr<float>() + task * 2 * n;
+    std::copy_n(dk_, n, sums);
+    std::copy_n(dv_, n, sums + n);
+  }
+
+  void load_keys(const Unit& unit) {
+    pack_window<Io, Tile>(layout_, qkv_, pad_, unit, 1, k_rows_);
+    pack_window<Io, Tile>(layout_, qkv_, pad_, unit, 2, v_rows_);
+    transpose_keys<Io, Tile>(layout_, key_tiles_, k_rows_, k_left_);
+    std::fill_n(dk_, layout_.keys * layout_.dim, 0.0f);
+    std::fill_n(dv_, layout_.keys * layout_.dim, 0.0f);
+  }
+
+  void add_queries(const Unit& unit, int64_t begin, int64_t n) {
+    load_queries(unit, begin, n);
+    for (int64_t t = 0; t < key_tiles_.count; ++t) add_pair(t);
+    if (tables_.defined()) load_bias_gradients();
+    if (call_.wanted.tables()) add_table_gradients();
+    if (call_.wanted.qkv) write_query_gradients(unit, begin);
+  }
+
+  void write_query_gradients(const Unit& unit, int64_t begin) {
+    const int64_t lanes = queries_.lanes, dim = layout_.dim, row = layout_.row_size;
+    for (int64_t i = 0; i < dim * lanes; ++i) dq_left_[i] *= layout_.scale;
+    simd_.transpose(dq_left_, lanes, nullptr, dim, lanes, dq_rows_, row);
+    if (tables_.defined()) {
+      const float* tables = tables_.rows.template const_data_ptr<float>();
+      tile_product(
+          lanes, dim, tables_.entries, grad_products_, tables_.stride, tables, dim, dq_rows_, row, true);
+    }
+    for (int64_t i = 0; i < queries_.count; ++i) {
+      simd_.write_row(dq_rows_ + i * row, dqkv_.at(unit, begin + i) + unit.head * dim, dim);
+    }
+  }
+
+  void load_queries(const Unit& unit, int64_t begin, int64_t n) {
+    const int64_t first = unit.head * layout_.dim;
+    queries_.load(qkv_, unit, begin, n);
+    queries_.pack(grad_, unit, begin, first, do_rows_);
+    simd_.transpose_right(do_rows_, layout_.row_size, queries_.lanes, layout_.dim, do_right_, queries_.lanes);
+    do_by_query_ = simd_.pair_rows(do_rows_, layout_.row_size, queries_.lanes, do_pairs_);
+    q_by_query_ = simd_.pair_rows(queries_.rows, layout_.row_size, queries_.lanes, q_pairs_);
+    for (int64_t i = 0; i < queries_.lanes; ++i) {
+      const bool real = i < n; // the other lanes add nothing: their q and do are zero
+      lse_[i] = real ? lse_data_[layout_.lse_index(unit, begin + i)] : 0.0f;
+      delta_[i] = real ? simd_.dot(grad_.at(unit, begin + i) + first, out_.at(unit, begin + i) + first, layout_.dim) : 0.0f;
+    }
+    if (!tables_.defined()) return;
+    std::fill_n(grad_h_, queries_.lanes * layout_.window_h, 0.0f);
+    std::fill_n(grad_w_, queries_.lanes * layout_.window_w, 0.0f);
+  }
+
+  // One tile of keys against the tile of queries.
+  void add_pair(int64_t t) {
+    const int64_t lanes = queries_.lanes, row = layout_.row_size, dim = layout_.dim;
+    const int64_t keys = key_tiles_.length(t), first = key_tiles_.begin(t);
+    const int64_t dim_depth = depth<Tile>(dim);
+    tile_product(keys, lanes, dim_depth, k_rows_ + first * row, row, queries_.right, lanes, scores_, lanes, false);
+    tile_product(keys, lanes, dim_depth, v_rows_ + first * row, row, do_right_, lanes, dp_, lanes, false);
+    GradientTile tile{queries_.scores(first, keys), scores_, dp_, lse_, delta_, grad_h_, grad_w_};
+    simd_.score_gradient(tile, p_rows_, ds_rows_, ds_pairs_);
+    if (call_.wanted.keys()) {
+      tile_product(keys, dim, lanes, p_rows_, lanes, do_by_query_, row, dv_ + first * dim, dim, true);
+      tile_product(keys, dim, lanes, ds_rows_, lanes, q_by_query_, row, dk_ + first * dim, dim, true);
+    }
+    if (call_.wanted.qkv) {
+      tile_product(
+          dim, lanes, depth<Tile>(keys), k_left_ + first * row, key_tiles_.size, ds_pairs_, lanes, dq_left_, lanes,
+          t > 0);
+    }
+  }
+
+  // The gradient of the products q . table: the biases' gradients, back where the biases were taken from.
+  void load_bias_gradients() {
+    const int64_t lanes = queries_.lanes, stride = tables_.stride;
+    std::fill_n(grad_products_, lanes * stride, 0.0f);
+    simd_.transpose_into_shifted(
+        grad_h_, lanes, layout_.window_h, queries_.count, grad_products_, stride, queries_.shift_h);
+    simd_.transpose_into_shifted(
+        grad_w_, lanes, layout_.window_w, queries_.count, grad_products_, stride, queries_.shift_w);
+  }
+
+  void add_table_gradients() {
+    const int64_t lanes = queries_.lanes, dim = layout_.dim, row = layout_.row_size;
+    simd_.transpose(grad_products_, tables_.stride, nullptr, lanes, tables_.entries, grad_products_left_, lanes);
+    for (int64_t i = 0; i < lanes * row; ++i) q_float_[i] = static_cast<float>(queries_.rows[i]);
+    float* sums = call_.table_sums.template data_ptr<float>() + slice_ * tables_.entries * dim;
+    tile_product(tables_.entries, dim, lanes, grad_products_left_, lanes, q_float_, row, sums, dim, true);
+  }
+
+  void write_key_gradients(const Unit& unit) {
+    const int64_t dim = layout_.dim;
+    for (int64_t i = 0; i < layout_.keys * dim; ++i) dk_[i] *= layout_.scale;
+    const int64_t first = layout_.embed + unit.head * dim;
+    for (int64_t key = 0; key < layout_.keys; ++key) {
+      const int64_t y = key / layout_.window_w, x = key % layout_.window_w;
+      if (y < unit.rows && x < unit.columns) {
+        if (!call_.wanted.qkv) continue;
+        Io* to = dqkv_.at(unit.batch, unit.top + y, unit.left + x) + first;
+        simd_.write_row(dk_ + key * dim, to, dim);
+        simd_.write_row(dv_ + key * dim, to + layout_.embed, dim);
+      } else if (call_.wanted.pad) {
+        float* sums = call_.pad_sums.template data_ptr<float>() + slice_ * 3 * layout_.embed + first;
+        for (int64_t c = 0; c < dim; ++c) {
+          sums[c] += dk_[key * dim + c];
+          sums[layout_.embed + c] += dv_[key * dim + c];
+        }
+      }
+    }
+  }
+
+  const Layout& layout_;
+  const Cut& cut_;
+  const Tables& tables_;
+  const Call& call_;
+  const Tiling key_tiles_;
+  const Tokens<const Io> qkv_, grad_, out_;
+  const Tokens<Io> dqkv_;
+  const Io* pad_;
+  const float* lse_data_;
+  const AttentionKernels<Io, Tile>& simd_;
+  Scratch scratch_;
+  QueryTile<Io, Tile> queries_;
+  Tile *k_rows_, *k_left_, *v_rows_;
+  Tile *do_rows_, *do_right_, *do_pairs_, *q_pairs_, *p_rows_, *ds_rows_, *ds_pairs_;
+  const Tile *do_by_query_, *q_by_query_;
+  float *dk_, *dv_, *scores_, *dp_, *lse_, *delta_, *dq_left_, *dq_rows_, *q_float_;
+  float *grad_h_ = nullptr, *grad_w_ = nullptr, *grad_products_ = nullptr, *grad_products_left_ = nullptr;
+  int64_t slice_ = 0;
+};
+
+// The sum of the rows of `parts`, first to last.
+at::Tensor sum_rows(const at::Tensor& parts) {
+  at::Tensor total = at::zeros(parts.sizes().slice(1), parts.options());
+  const float* from = parts.const_data_ptr<float>();
+  float* to = total.data_ptr<float>();
+  for (int64_t row = 0; row < parts.size(0); ++row, from += total.numel()) {
+    for (int64_t i = 0; i < total.numel(); ++i) to[i] += from[i];
+  }
+  return total;
+}
+
+template <typename Backward>
+struct MergeParts {
+  Backward backward;
+  void run(int64_t unit) { backward.merge_parts(unit); }
+};
+
+template <typename Io, typename Tile>
+void backward(const Layout& layout, const Cut& cut, const Tables& tables, const Call& call) {
+  const std::vector<Tile> packed = packed_tables<Io, Tile>(layout, tables);
+  const auto worker = [&] { return Backward<Io, Tile>(layout, cut, tables, packed.data(), call); };
+  run_tasks(cut.slices, worker);
+  if (cut.parts == 1 || !call.wanted.keys()) return;
+  run_tasks(layout.units(), [&] { return MergeParts<Backward<Io, Tile>>{worker()}; });
+}
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rel_pos_attention_backward(
+    const at::Tensor& grad, const at::Tensor& qkv_, const at::Tensor& out, const at::Tensor& lse,
+    const OptionalTensor& rel_pos_h, const OptionalTensor& rel_pos_w, const OptionalTensor& pad_qkv,
+    int64_t num_heads, int64_t window_size, double scale, std::array<bool, 4> mask) {
+  const at::Tensor qkv = qkv_.stride(3) == 1 ? qkv_ : qkv_.contiguous();
+  const Layout layout(qkv, num_heads, window_size, scale);
+  const Tables tables(layout, rel_pos_h, rel_pos_w);
+  const Cut cut(layout);
+  const auto floats = qkv.options().dtype(at::kFloat);
+
+  Call call;
+  call.wanted = {mask[0], mask[1] && tables.defined(), mask[2] && tables.defined(), mask[3] && pad_qkv.has_value()};
+  call.grad = grad.contiguous();
+  call.qkv = qkv;
+  call.out = out.contiguous();
+  call.lse = lse.contiguous();
+  call.pad = padding(layout, qkv, pad_qkv);
+  call.dqkv = mask[0] ? at::empty(qkv.sizes(), qkv.options()) : at::empty({0, 0, 0, 0}, qkv.options());
+  call.table_sums = at::zeros({call.wanted.tables() ? cut.slices : 0, tables.entries, layout.dim}, floats);
+  call.pad_sums = at::zeros({call.wanted.pad ? cut.slices : 0, 3 * layout.embed}, floats);
+  const bool parts = cut.parts > 1 && call.wanted.keys();
+  call.part_sums = at::empty({parts ? cut.tasks : 0, 2, layout.keys, layout.dim}, floats);
+  if (qkv.numel() > 0) {
+    if (qkv.scalar_type() == at::kFloat) {
+      backward<float, float>(layout, cut, tables, call);
+    } else if (has_bf16_tiles()) {
+      backward<at::BFloat16, at::BFloat16>(layout, cut, tables, call);
+    } else {
+      backward<at::BFloat16, float>(layout, cut, tables, call);
+    }
+  }
+
+  const at::Tensor nothing = at::empty({0}, grad.options());
+  const at::Tensor table = sum_rows(call.table_sums);
+  const auto table_gradient = [&](bool wanted, int64_t begin, int64_t end, const OptionalTensor& like) {
+    return wanted ? table.slice(0, begin, end).flip(0).to(like->scalar_type()) : nothing;
+  };
+  return {
+      mask[0] ? call.dqkv : nothing,
+      table_gradient(call.wanted.rel_h, 0, tables.entries_h, rel_pos_h),
+      table_gradient(call.wanted.rel_w, tables.entries_h, tables.entries, rel_pos_w),
+      call.wanted.pad ? sum_rows(call.pad_sums).to(pad_qkv->scalar_type()) : nothing,
+  };
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(rskernels, CPU, m) {
+  m.impl("rel_pos_attention_backward", &rel_pos_attention_backward);
+}
+
+} // namespace rskernels

@@ -1,0 +1,325 @@
+// The vector passes of rel_pos_attention, compiled once per instruction set by foreach_isa.h.
+//
+// Scores lie transposed, keys x queries, so that every maximum, sum and bias is an operation between whole
+// vectors of queries: no reduction inside a vector, whatever the shape of the grid.
+
+constexpr float kLog2e = 1.44269504f;
+
+// The two bias rows of one key after the other, in the grid's raster order.
+struct KeyCursor {
+  const ScoreTile& tile;
+  int64_t row, column;
+
+  RSK_INLINE explicit KeyCursor(const ScoreTile& t)
+      : tile(t), row(t.first_key / t.grid_width), column(t.first_key % t.grid_width) {}
+
+  RSK_INLINE void next() {
+    if (++column == tile.grid_width) {
+      column = 0;
+      ++row;
+    }
+  }
+};
+
+// scale * score + bias of one key and kLanes queries.
+template <bool kBias>
+RSK_INLINE VecF logit(const float* scores, const KeyCursor& key, int64_t lane) {
+  const ScoreTile& tile = key.tile;
+  const VecF scaled = load(scores + lane) * tile.scale;
+  if constexpr (!kBias) return scaled;
+  return scaled + load(tile.rel_h + key.row * tile.lanes + lane) + load(tile.rel_w + key.column * tile.lanes + lane);
+}
+
+template <int kVectors>
+RSK_INLINE void load_all(const float* from, VecF (&to)[kVectors]) {
+  for (int v = 0; v < kVectors; ++v) to[v] = load(from + v * kLanes);
+}
+
+template <int kVectors>
+RSK_INLINE void store_all(float* to, const VecF (&from)[kVectors]) {
+  for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, from[v]);
+}
+
+template <int kVectors>
+RSK_INLINE void add_all(float* to, const VecF (&from)[kVectors]) {
+  for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, load(to + v * kLanes) + from[v]);
+}
+
+// Running maxima.
+template <bool kBias, int kVectors>
+inline void max_block(const ScoreTile& tile, int64_t lane, const float* scores, float* largest) {
+  VecF best[kVectors];
+  load_all(largest + lane, best);
+  KeyCursor key(tile);
+  for (int64_t k = 0; k < tile.keys; ++k, key.next()) {
+    for (int v = 0; v < kVectors; ++v) {
+      best[v] = vmax(best[v], logit<kBias>(scores + k * tile.lanes, key, lane + v * kLanes));
+    }
+  }
+  store_all(largest + lane, best);
+}
+
+// exp(logit - shift). The difference comes first: it is exact where it matters, near 0. Probabilities that are
+// rounded to bf16 need a polynomial of degree 3 only.
+template <bool kBias, int kDegree, int kVectors>
+RSK_INLINE void exp_key(
+    const float* scores, const KeyCursor& key, int64_t lane, const VecF (&shift)[kVectors],
+    VecF (&result)[kVectors]) {
+  for (int v = 0; v < kVectors; ++v) {
+    result[v] = exp2<kDegree>((logit<kBias>(scores, key, lane + v * kLanes) - shift[v]) * kLog2e);
+  }
+}
+
+// Probabilities up to a factor, and their sums (a tile's own sum first: adding one by one to a long sum would
+// lose digits). fp32: out may be scores.
+template <bool kBias, int kVectors>
+inline void exp_block(
+    const ScoreTile& tile, int64_t lane, const float* scores, const float* largest, float* sums, float* out) {
+  VecF shift[kVectors], total[kVectors], p[kVectors];
+  load_all(largest + lane, shift);
+  for (int v = 0; v < kVectors; ++v) total[v] = VecF{};
+  KeyCursor key(tile);
+  for (int64_t k = 0; k < tile.keys; ++k, key.next()) {
+    exp_key<kBias, 5>(scores + k * tile.lanes, key, lane, shift, p);
+    for (int v = 0; v < kVectors; ++v) total[v] += p[v];
+    store_all(out + k * tile.lanes + lane, p);
+  }
+  add_all(sums + lane, total);
+}
+
+// The same into pairs of keys in bf16; an odd last key is paired with zeros.
+template <bool kBias, int kVectors>
+inline void exp_block(
+    const ScoreTile& tile, int64_t lane, const float* scores, const float* largest, float* sums,
+    c10::BFloat16* out) {
+  VecF shift[kVectors], total[kVectors], even[kVectors], odd[kVectors];
+  load_all(largest + lane, shift);
+  for (int v = 0; v < kVectors; ++v) total[v] = VecF{};
+  KeyCursor key(tile);
+  for (int64_t k = 0; k < tile.keys; k += 2) {
+    exp_key<kBias, 3>(scores + k * tile.lanes, key, lane, shift, even);
+    key.next();
+    for (int v = 0; v < kVectors; ++v) odd[v] = VecF{};
+    if (k + 1 < tile.keys) {
+      exp_key<kBias, 3>(scores + (k + 1) * tile.lanes, key, lane, shift, odd);
+      key.next();
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      total[v] += even[v] + odd[v];
+      store_pairs(out + k * tile.lanes + 2 * (lane + v * kLanes), even[v], odd[v]);
+    }
+  }
+  add_all(sums + lane, total);
+}
+
+// After the maxima grew: what was summed under the old ones shrinks by exp(old - new).
+inline void rescale(int64_t lanes, const float* old_largest, const float* largest, float* sums, float* out, int64_t rows) {
+  bool grew = false;
+  for (int64_t q = 0; q < lanes; ++q) grew |= !(old_largest[q] == largest[q]);
+  if (!grew) return;
+  for (int64_t q = 0; q < lanes; q += kLanes) {
+    const VecF factor = exp(load(old_largest + q) - load(largest + q));
+    store(sums + q, load(sums + q) * factor);
+    for (int64_t r = 0; r < rows; ++r) store(out + r * lanes + q, load(out + r * lanes + q) * factor);
+  }
+}
+
+// One key of the backward pass: p = exp(logit - lse), ds = p * (dp - delta), and ds added to its two biases.
+template <bool kBias, int kDegree, int kVectors>
+RSK_INLINE void gradient_key(
+    const GradientTile& tile, const float* scores, const float* dp, const KeyCursor& key, int64_t lane,
+    const VecF (&lse)[kVectors], const VecF (&delta)[kVectors], VecF (&p)[kVectors], VecF (&ds)[kVectors]) {
+  exp_key<kBias, kDegree>(scores, key, lane, lse, p);
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t at = lane + v * kLanes;
+    ds[v] = p[v] * (load(dp + at) - delta[v]);
+    if constexpr (kBias) {
+      float* h = tile.grad_h + key.row * tile.lanes + at;
+      float* w = tile.grad_w + key.column * tile.lanes + at;
+      store(h, load(h) + ds[v]);
+      store(w, load(w) + ds[v]);
+    }
+  }
+}
+
+// fp32: probabilities over scores, ds over dp.
+template <bool kBias, int kVectors>
+inline void gradient_block(const GradientTile& tile, int64_t lane, float* p_rows, float* ds_rows, float*) {
+  VecF lse[kVectors], delta[kVectors], p[kVectors], ds[kVectors];
+  load_all(tile.lse + lane, lse);
+  load_all(tile.delta + lane, delta);
+  KeyCursor key(tile);
+  for (int64_t k = 0; k < tile.keys; ++k, key.next()) {
+    const int64_t at = k * tile.lanes;
+    gradient_key<kBias, 5>(tile, tile.scores + at, tile.dp + at, key, lane, lse, delta, p, ds);
+    store_all(p_rows + at + lane, p);
+    store_all(ds_rows + at + lane, ds);
+  }
+}
+
+template <int kVectors>
+RSK_INLINE void store_all(c10::BFloat16* to, const VecF (&from)[kVectors]) {
+  for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, from[v]);
+}
+
+// bf16: ds is a left operand of one product (rows) and a right operand of another (pairs of keys).
+template <bool kBias, int kVectors>
+inline void gradient_block(
+    const GradientTile& tile, int64_t lane, c10::BFloat16* p_rows, c10::BFloat16* ds_rows,
+    c10::BFloat16* ds_pairs) {
+  VecF lse[kVectors], delta[kVectors], p[kVectors], even[kVectors], odd[kVectors];
+  load_all(tile.lse + lane, lse);
+  load_all(tile.delta + lane, delta);
+  KeyCursor key(tile);
+  for (int64_t k = 0; k < tile.keys; k += 2) {
+    int64_t at = k * tile.lanes;
+    gradient_key<kBias, 3>(tile, tile.scores + at, tile.dp + at, key, lane, lse, delta, p, even);
+    store_all(p_rows + at + lane, p);
+    store_all(ds_rows + at + lane, even);
+    key.next();
+    for (int v = 0; v < kVectors; ++v) odd[v] = VecF{};
+    if (k + 1 < tile.keys) {
+      at += tile.lanes;
+      gradient_key<kBias, 3>(tile, tile.scores + at, tile.dp + at, key, lane, lse, delta, p, odd);
+      store_all(p_rows + at + lane, p);
+      store_all(ds_rows + at + lane, odd);
+      key.next();
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      store_pairs(ds_pairs + k * tile.lanes + 2 * (lane + v * kLanes), even[v], odd[v]);
+    }
+  }
+}
+
+// Queries go four vectors at a time, the rest one by one. tile.lanes is a multiple of 16.
+#define RSK_FOR_BLOCKS(BLOCK, ...)                                                     \
+  do {                                                                                 \
+    int64_t lane = 0;                                                                  \
+    for (; lane + 4 * kLanes <= tile.lanes; lane += 4 * kLanes) {                      \
+      tile.rel_h ? BLOCK<true, 4>(tile, lane, __VA_ARGS__) : BLOCK<false, 4>(tile, lane, __VA_ARGS__); \
+    }                                                                                  \
+    for (; lane < tile.lanes; lane += kLanes) {                                        \
+      tile.rel_h ? BLOCK<true, 1>(tile, lane, __VA_ARGS__) : BLOCK<false, 1>(tile, lane, __VA_ARGS__); \
+    }                                                                                  \
+  } while (false)
+
+inline void row_max(const ScoreTile& tile, const float* scores, float* largest) {
+  RSK_FOR_BLOCKS(max_block, scores, largest);
+}
+
+template <typename Tile>
+inline void softmax(const ScoreTile& tile, const float* scores, const float* largest, float* sums, Tile* out) {
+  RSK_FOR_BLOCKS(exp_block, scores, largest, sums, out);
+}
+
+template <typename Tile>
+inline void score_gradient(const GradientTile& tile, Tile* p_rows, Tile* ds_rows, Tile* ds_pairs) {
+  RSK_FOR_BLOCKS(gradient_block, p_rows, ds_rows, ds_pairs);
+}
+
+#undef RSK_FOR_BLOCKS
+
+// Transpositions go by whole squares: they may read and write up to 15 values past the end of a row, and rows
+// that are missing from the last square count as zeros. Every buffer of ours has room for it.
+RSK_INLINE void load_square(const float* from, int64_t stride, const int64_t* shift, int64_t rows, VecF (&square)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    square[i] = i < rows ? load(from + i * stride + (shift ? shift[i] : 0)) : VecF{};
+  }
+}
+
+// to[c][r] = factor * from[r][c + shift[r]]
+inline void transpose(
+    const float* from, int64_t from_stride, const int64_t* shift, int64_t rows, int64_t columns, float* to,
+    int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      VecF square[kLanes];
+      load_square(from + r * from_stride + c, from_stride, shift ? shift + r : nullptr, rows - r, square);
+      transpose_square(square);
+      for (int64_t i = 0; i < kLanes && c + i < columns; ++i) store(to + (c + i) * to_stride + r, square[i]);
+    }
+  }
+}
+
+// to[c][r + shift[c]] = from[r][c]
+inline void transpose_into_shifted(
+    const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride,
+    const int64_t* shift) {
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    for (int64_t r = 0; r < rows; r += kLanes) {
+      VecF square[kLanes];
+      load_square(from + r * from_stride + c, from_stride, nullptr, rows - r, square);
+      transpose_square(square);
+      for (int64_t i = 0; i < kLanes && c + i < columns; ++i) {
+        store(to + (c + i) * to_stride + r + shift[c + i], square[i]);
+      }
+    }
+  }
+}
+
+// A left operand: rows become columns. In bf16 pairs of columns travel together and part on arrival.
+inline void transpose_left(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  transpose(from, from_stride, nullptr, rows, columns, to, to_stride);
+}
+
+inline void transpose_left(
+    const c10::BFloat16* from, int64_t from_stride, int64_t rows, int64_t columns, c10::BFloat16* to,
+    int64_t to_stride) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    for (int64_t c = 0; c < columns; c += 2 * kLanes) {
+      VecF square[kLanes];
+      load_square(
+          reinterpret_cast<const float*>(from + r * from_stride + c), from_stride / 2, nullptr, rows - r, square);
+      transpose_square(square);
+      for (int64_t i = 0; i < kLanes && c + 2 * i < columns; ++i) {
+        c10::BFloat16* pair = to + (c + 2 * i) * to_stride + r;
+        *reinterpret_cast<LooseH*>(pair) = __builtin_convertvector((VecU)square[i], VecH);
+        *reinterpret_cast<LooseH*>(pair + to_stride) = __builtin_convertvector((VecU)square[i] >> 16, VecH);
+      }
+    }
+  }
+}
+
+// A right operand: the same, but in bf16 the pairs stay together.
+inline void transpose_right(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+  transpose(from, from_stride, nullptr, rows, columns, to, to_stride);
+}
+
+inline void transpose_right(
+    const c10::BFloat16* from, int64_t from_stride, int64_t rows, int64_t columns, c10::BFloat16* to,
+    int64_t to_stride) {
+  transpose(
+      reinterpret_cast<const float*>(from), from_stride / 2, nullptr, rows, (columns + 1) / 2,
+      reinterpret_cast<float*>(to), to_stride);
+}
+
+// Rows as a right operand: fp32 as they are (returned as given), bf16 in pairs of rows.
+inline const float* pair_rows(const float* from, int64_t, int64_t, float*) {
+  return from;
+}
+
+inline const c10::BFloat16* pair_rows(const c10::BFloat16* from, int64_t stride, int64_t rows, c10::BFloat16* to) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    for (int64_t c = 0; c < stride; c += kLanes) {
+      store_pairs(to + r * stride + 2 * c, load(from + r * stride + c), load(from + (r + 1) * stride + c));
+    }
+  }
+  return to;
+}
+
+// The sum over `columns` of a[r][c] * b[r][c].
+template <typename Io>
+inline float dot(const Io* a, const Io* b, int64_t n) {
+  VecF total{};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) total += load(a + i) * load(b + i);
+  float rest = 0;
+  for (; i < n; ++i) rest += static_cast<float>(a[i]) * static_cast<float>(b[i]);
+  return sum_lanes(total) + rest;
+}
+
+template <typename Io, typename Tile>
+inline constexpr AttentionKernels<Io, Tile> kAttentionKernels = {
+    copy_row<Io, Tile>, copy_row<float, Io>, dot<Io>, transpose_left, transpose_right, pair_rows, transpose,
+    transpose_into_shifted, row_max, softmax<Tile>, rescale, score_gradient<Tile>,
+};

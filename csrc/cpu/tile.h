@@ -1,0 +1,86 @@
+// The product of two small matrices that every kernel here is made of.
+//
+//   tile_product<T>(m, n, k, a, lda, b, ldb, c, ldc, accumulate):   c = a . b   or   c += a . b
+//
+// row-major, fp32 accumulation. T = float: b is (k, n). T = BFloat16: k is even and b holds pairs of rows,
+// (k / 2, n, 2), as the processor's dot product wants them. PyTorch's tile product (oneDNN code generated per
+// distinct size: keep the set of sizes small) serves where it can, else a plain C++ product, which is also
+// what sanitizers see: they cannot look into generated code.
+//
+// Nothing else in csrc may include CPUBlas.h.
+#pragma once
+
+#include <ATen/Context.h>
+#include <ATen/native/CPUBlas.h>
+#include <c10/util/BFloat16.h>
+
+#include <algorithm>
+
+#include "isa.h"
+
+namespace rskernels {
+
+#if defined(__SANITIZE_ADDRESS__) || !defined(CPUBLAS_BRGEMM_F32F32F32)
+inline constexpr bool kGeneratedTiles = false;
+#else
+inline constexpr bool kGeneratedTiles = true;
+#endif
+
+// Register-blocked by the compiler: four rows of c at a time.
+inline void plain_tile_product(
+    int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+    int64_t ldc, bool accumulate) {
+  for (int64_t i = 0; i < m; ++i) {
+    float* row = c + i * ldc;
+    if (!accumulate) std::fill_n(row, n, 0.0f);
+    for (int64_t l = 0; l < k; ++l) {
+      const float factor = a[i * lda + l];
+      const float* from = b + l * ldb;
+      for (int64_t j = 0; j < n; ++j) row[j] += factor * from[j];
+    }
+  }
+}
+
+inline bool tile_probe() {
+  try {
+    alignas(64) at::BFloat16 ones[2 * 16];
+    alignas(64) float sums[16];
+    std::fill_n(ones, 32, at::BFloat16(1.0f));
+    at::native::cpublas::brgemm(1, 16, 2, 2, 16, 16, false, ones, ones, sums, true);
+    return sums[0] == 2.0f;
+  } catch (const c10::Error&) {
+    return false; // this oneDNN was told to use less than the processor has
+  }
+}
+
+// Are products of bf16 tiles to be had? Otherwise kernels convert bf16 to fp32 tiles.
+inline bool has_bf16_tiles() {
+  if (!kGeneratedTiles || isa_level() != Isa::avx512_bf16 || !at::globalContext().userEnabledMkldnn()) {
+    return false;
+  }
+  static const bool works = tile_probe();
+  return works;
+}
+
+inline void tile_product(
+    int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+    int64_t ldc, bool accumulate) {
+  const bool generated = kGeneratedTiles && isa_level() != Isa::baseline && at::globalContext().userEnabledMkldnn();
+  if (!generated) return plain_tile_product(m, n, k, a, lda, b, ldb, c, ldc, accumulate);
+#if defined(CPUBLAS_BRGEMM_F32F32F32)
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, false);
+#endif
+}
+
+inline void tile_product(
+    int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,
+    float* c, int64_t ldc, bool accumulate) {
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, accumulate, a, b, c, true);
+}
+
+// At the end of each thread's work.
+inline void tile_release() {
+  if (kGeneratedTiles) at::native::cpublas::brgemm_release();
+}
+
+} // namespace rskernels

@@ -1,0 +1,161 @@
+// Vector maths for one instruction set. Included by foreach_isa.h inside that set's namespace and target
+// section, hence no include guard, no namespace and no includes. RSK_LEVEL is the level (isa.h) at hand.
+//
+// GCC's vector extension gives the arithmetic (+, -, *, comparisons, contraction to fused multiply-add);
+// intrinsics appear only where it has no word for what the processor can do.
+
+constexpr int kLanes = RSK_LEVEL >= 2 ? 16 : RSK_LEVEL == 1 ? 8 : 4;
+
+typedef float VecF __attribute__((vector_size(kLanes * 4)));
+typedef int32_t VecI __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t VecH __attribute__((vector_size(kLanes * 2)));
+// The same, wherever they lie in memory.
+typedef float LooseF __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+typedef uint16_t LooseH __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+
+RSK_INLINE VecF splat(float x) {
+  return x - VecF{};
+}
+
+RSK_INLINE VecF load(const float* p) {
+  return *reinterpret_cast<const LooseF*>(p);
+}
+
+RSK_INLINE void store(float* p, VecF x) {
+  *reinterpret_cast<LooseF*>(p) = x;
+}
+
+// The larger of the two, and y where either is NaN (what the processor's own instruction does).
+RSK_INLINE VecF vmax(VecF x, VecF y) {
+#if RSK_LEVEL >= 2
+  return _mm512_max_ps(x, y);
+#else
+  return x > y ? x : y;
+#endif
+}
+
+// 2^x, for inputs up to 127. -inf gives 0, NaN gives NaN. Degree 5: relative error 1e-7; degree 3: 1e-4,
+// enough where the result is rounded to bf16. Minimax polynomials on [-0.5, 0.5] that are exact at 0: a factor
+// of exp(0), applied again and again, must not drift.
+template <int kDegree>
+RSK_INLINE VecF exp2_polynomial(VecF f) {
+  static_assert(kDegree == 3 || kDegree == 5);
+  if constexpr (kDegree == 3) {
+    VecF p = f * 5.500893137e-02f + 2.422109615e-01f;
+    p = p * f + 6.932829273e-01f;
+    return p * f + 1.0f;
+  } else {
+    VecF p = f * 1.326472724e-03f + 9.671512676e-03f;
+    p = p * f + 5.550733743e-02f;
+    p = p * f + 2.402224208e-01f;
+    p = p * f + 6.931469776e-01f;
+    return p * f + 1.0f;
+  }
+}
+
+template <int kDegree>
+RSK_INLINE VecF exp2(VecF x) {
+#if RSK_LEVEL >= 2
+  const VecF fraction = _mm512_reduce_ps(x, 0); // x - round(x); 0 for infinities
+  return _mm512_scalef_ps(exp2_polynomial<kDegree>(fraction), _mm512_roundscale_ps(x, 0));
+#else
+  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits.
+  const VecF shift = splat(12582912.0f);
+  const VecF clamped = x < -126.0f ? splat(-126.0f) : x; // keeps NaN
+  const VecF shifted = clamped + shift;
+  const VecF fraction = clamped - (shifted - shift);
+  const VecF power = (VecF)(((VecI)shifted - (VecI)shift + 127) << 23);
+  return x < -126.0f ? VecF{} : exp2_polynomial<kDegree>(fraction) * power;
+#endif
+}
+
+RSK_INLINE VecF exp(VecF x) {
+  return exp2<5>(x * 1.44269504f);
+}
+
+RSK_INLINE VecF load(const c10::BFloat16* p) {
+  const VecH bits = *reinterpret_cast<const LooseH*>(p);
+  return (VecF)(__builtin_convertvector(bits, VecU) << 16);
+}
+
+// Round to nearest even, as PyTorch does.
+RSK_INLINE VecH to_bf16(VecF x) {
+#if RSK_LEVEL >= 3
+  return (VecH)_mm512_cvtneps_pbh(x);
+#else
+  const VecU bits = (VecU)x;
+  const VecU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const VecU quiet_nan = (bits ^ bits) + 0x7fc0u;
+  return __builtin_convertvector((VecU)(x == x ? (VecI)rounded : (VecI)quiet_nan), VecH);
+#endif
+}
+
+RSK_INLINE void store(c10::BFloat16* p, VecF x) {
+  *reinterpret_cast<LooseH*>(p) = to_bf16(x);
+}
+
+// Pairs (even[i], odd[i]) in bf16, as products of bf16 tiles want their right operand.
+RSK_INLINE void store_pairs(c10::BFloat16* p, VecF even, VecF odd) {
+#if RSK_LEVEL >= 3
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
+  const __m512i zip = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+      23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(zip, halves));
+#else
+  const VecU pairs = __builtin_convertvector(to_bf16(even), VecU) | __builtin_convertvector(to_bf16(odd), VecU) << 16;
+  store(reinterpret_cast<float*>(p), (VecF)pairs);
+#endif
+}
+
+// n values from one memory to another, converted.
+template <typename From, typename To>
+inline void copy_row(const From* from, To* to, int64_t n) {
+  if constexpr (std::is_same_v<From, To>) {
+    std::memcpy(to, from, n * sizeof(From));
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+    for (; i < n; ++i) to[i] = static_cast<To>(static_cast<float>(from[i]));
+  }
+}
+
+inline float sum_lanes(VecF x) {
+  float total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
+  return total;
+}
+
+inline float max_lanes(VecF x) {
+  float largest = x[0];
+  for (int lane = 1; lane < kLanes; ++lane) largest = x[lane] > largest || x[lane] != x[lane] ? x[lane] : largest;
+  return largest;
+}
+
+// One butterfly stage of the transposition: in every square of 2 * kStep rows and lanes, swap the two
+// quarters off the diagonal.
+template <int kStep, int... kLane>
+RSK_INLINE void swap_quarters(VecF& upper, VecF& lower, std::integer_sequence<int, kLane...>) {
+  const VecF a = upper, b = lower;
+#if defined(__clang__)
+  upper = __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane : kLanes + kLane - kStep)...);
+  lower = __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane + kStep : kLanes + kLane)...);
+#else
+  upper = __builtin_shuffle(a, b, VecI{((kLane & kStep) == 0 ? kLane : kLanes + kLane - kStep)...});
+  lower = __builtin_shuffle(a, b, VecI{((kLane & kStep) == 0 ? kLane + kStep : kLanes + kLane)...});
+#endif
+}
+
+template <int kStep = 1>
+RSK_INLINE void transpose_square(VecF (&rows)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if ((i & kStep) == 0) {
+        swap_quarters<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>());
+      }
+    }
+    transpose_square<kStep * 2>(rows);
+  }
+}

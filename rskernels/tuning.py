@@ -1,0 +1,110 @@
+"""Which library's matrix product serves `linear`, as stored data.
+
+PyTorch ships two: its own operators ("aten": MKL for float32, oneDNN for bfloat16) and oneDNN's product
+("onednn"). Which is faster depends on the machine and on the shape class, and the two differ in the last bits:
+so the choice is a table, read once when rskernels is imported, part of a training run's record (`record`,
+`restore`), and never a timing taken inside a run.
+
+Without a measurement a rule holds (`default_table`). `python -m rskernels tune` measures the
+shape classes on this machine and stores its table under ~/.cache/rskernels; RSKERNELS_TUNING=FILE reads and
+writes another file, RSKERNELS_TUNING=off ignores all of them.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rskernels import dispatch
+
+VERSION = 1
+PRODUCTS = ("aten", "onednn")
+DTYPES = ("float32", "bfloat16")
+PASSES = ("forward", "grad_input", "grad_weight")
+# Multiply-adds below 2^21, below 2^27, above; few: less than 32 rows; thin: less than 32 inputs or outputs.
+# The order is that of shape_class in csrc/cpu/linear.h.
+SHAPES = tuple(f"{form}/{size}" for form in ("wide", "few", "thin") for size in ("small", "medium", "large"))
+KEYS = tuple(f"{dtype}/{which}/{shape}" for dtype in DTYPES for which in PASSES for shape in SHAPES)
+
+_table: dict[str, str] = {}
+_source = ""
+
+
+def default_table() -> dict[str, str]:
+    """The rule that holds without a measurement: oneDNN for float32 unless the product is small, where its
+    overhead shows, or a weight gradient sums over few rows; and for bfloat16's forward pass, which PyTorch
+    would send there too, but without the bias and the activation."""
+
+    def rule(key: str) -> str:
+        if key.startswith("bfloat16"):
+            return "onednn" if "/forward/" in key else "aten"
+        return "aten" if "/small" in key or "/grad_weight/few" in key else "onednn"
+
+    return {key: rule(key) for key in KEYS}
+
+
+def record() -> dict[str, Any]:
+    """The table in use and where it came from; a training run stores it beside its configuration."""
+    return {"version": VERSION, "source": _source, "products": dict(_table)}
+
+
+def restore(saved: Mapping[str, Any]) -> None:
+    """Use a table that `record` gave, so that a resumed run computes with the same products."""
+    _use(_checked(saved, "restore"), str(saved.get("source", "restored")))
+
+
+def path() -> Path | None:
+    """The file that holds this machine's table, None when RSKERNELS_TUNING=off."""
+    chosen = os.environ.get("RSKERNELS_TUNING", "")
+    if chosen == "off":
+        return None
+    if chosen:
+        return Path(chosen).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "rskernels" / "tuning.json"
+
+
+def load() -> None:
+    """Read the stored table (once, at import); a file that cannot be used is ignored with a warning."""
+    file = path()
+    if file is None or not file.is_file():
+        _use(default_table(), "default rule")
+        return
+    try:
+        _use(_checked(json.loads(file.read_text()), str(file)), str(file))
+    except (OSError, ValueError) as error:
+        warnings.warn(f"rskernels: ignoring the tuning table: {error}", RuntimeWarning, stacklevel=2)
+        _use(default_table(), "default rule")
+
+
+def describe() -> list[str]:
+    """What explain() prints about the table."""
+    taken = sorted({key.rsplit("/", 2)[0] for key, product in _table.items() if product == "onednn"})
+    return [f"linear's products: {_source}; through oneDNN for {', '.join(taken) if taken else 'nothing'}"]
+
+
+def _checked(saved: Any, source: str) -> dict[str, str]:
+    advice = "delete it or run `python -m rskernels tune`"
+    if not isinstance(saved, Mapping) or saved.get("version") != VERSION:
+        raise ValueError(f"{source}: not a tuning table of version {VERSION}; {advice}")
+    products = saved.get("products")
+    if not isinstance(products, Mapping) or set(products) != set(KEYS):
+        raise ValueError(f"{source}: 'products' does not have the {len(KEYS)} expected keys; {advice}")
+    for key, product in products.items():
+        if product not in PRODUCTS:
+            raise ValueError(f"{source}: {key} is {product!r}, expected one of {PRODUCTS}; {advice}")
+    return {key: products[key] for key in KEYS}
+
+
+def _use(table: dict[str, str], source: str) -> None:
+    global _table, _source
+    _table, _source = table, source
+    if "cpp" not in dispatch.UNAVAILABLE:
+        from rskernels import _C  # optional: absent from a pure-Python install
+
+        _C.set_product_table([PRODUCTS.index(table[key]) for key in KEYS])
+
+
+load()

@@ -1,0 +1,126 @@
+"""Command-line options from a dataclass: its fields are the options, the line under a field is the help.
+
+jsonargparse does the work (types, nested options as --optim.lr, --config FILE). This module adds what it
+lacks: options are spelled with hyphens and understood either way, `--debug` needs no value, `--bands 3,2,1`
+is a list, an unknown option gets the nearest known one, and every error is one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jsonargparse
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+NUMBERS = re.compile(r"-?\d+(,-?\d+)+")
+BOOLEANS = ("true", "false")
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong; the message is one line."""
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """A parser whose help spells options with hyphens, as users should."""
+
+    def format_help(self) -> str:
+        return re.sub(r"--\w[\w.]*", lambda option: option[0].replace("_", "-"), super().format_help())
+
+
+def parse(command: str, summary: str, run: Callable[[Any], int], arguments: Sequence[str]) -> Any:
+    """The dataclass that `run` takes, filled from the command line.
+
+    A field whose metadata says `positional` takes the words without an option: one, or for a list many.
+    Raises UsageError, or SystemExit after --help.
+    """
+    config_class = typing.get_type_hints(run)["config"]
+    parser = _parser(command, summary, config_class)
+    try:
+        parsed = parser.instantiate(parser.parse_args(_normalise(parser, arguments)))
+    except argparse.ArgumentError as error:
+        raise UsageError(f"{_one_line(str(error))} (see rsmodels {command} --help)") from None
+    return config_class(**{field.name: parsed[field.name] for field in dataclasses.fields(config_class)})
+
+
+def _parser(command: str, summary: str, config_class: type) -> Parser:
+    description = f"{summary[0].upper()}{summary[1:]}."
+    parser = Parser(f"rsmodels {command}", description=description, exit_on_error=False, allow_abbrev=False)
+    positional = [field for field in dataclasses.fields(config_class) if field.metadata.get("positional")]
+    types = typing.get_type_hints(config_class)
+    for field in positional:
+        many = typing.get_origin(types[field.name]) is list
+        optional = field.default is not dataclasses.MISSING
+        parser.add_argument(
+            field.name, nargs="+" if many else "?" if optional else None, help=field.metadata["positional"]
+        )
+        if optional:
+            parser.set_defaults({field.name: field.default})
+    parser.add_argument("--config", action="config", help="YAML file of options; those after it win")
+    parser.add_class_arguments(config_class, skip={field.name for field in positional})
+    return parser
+
+
+def _normalise(parser: Parser, arguments: Sequence[str]) -> list[str]:
+    """The arguments as jsonargparse wants them."""
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    result = []
+    for position, argument in enumerate(arguments):
+        following = arguments[position + 1] if position + 1 < len(arguments) else ""
+        if not argument.startswith("--") or argument == "--":
+            result.append(f"[{argument}]" if NUMBERS.fullmatch(argument) else argument)
+            continue
+        written, equals, value = argument.partition("=")
+        option = "--" + written[2:].replace("-", "_")
+        action = actions.get(option) or _dictionary(actions, option)
+        if action is None:
+            raise UsageError(f"option {written} is not known; {_nearest(written, actions)}")
+        if NUMBERS.fullmatch(value):
+            value = f"[{value}]"
+        elif getattr(action, "_typehint", None) is bool and not equals and following not in BOOLEANS:
+            equals, value = "=", "true"
+        result.append(option + equals + value)
+    return result
+
+
+def _dictionary(actions: Mapping[str, argparse.Action], option: str) -> argparse.Action | None:
+    """The option that takes a dictionary and of which `option` sets one entry: --data-args.classes FILE."""
+    action = actions.get(option.partition(".")[0])
+    return action if typing.get_origin(getattr(action, "_typehint", None)) is dict else None
+
+
+def _nearest(written: str, known: Iterable[str]) -> str:
+    spelled = [option.replace("_", "-") for option in known if option.startswith("--")]
+    near = difflib.get_close_matches(written.replace("_", "-"), spelled, n=1)
+    return f"did you mean {near[0]}?" if near else "see --help"
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse's report of a wrong value, several lines of Python types, as one line of plain words."""
+    message = re.sub(r'Parser key "([\w.]+)"', lambda key: "--" + key[1].replace("_", "-"), message)
+    expected = re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE)
+    found = re.search(r"(?:Got value|Given value): (.*)", message)
+    if not message.startswith("--") or not expected or found is None:
+        return " ".join(message.split())
+    words = [_plain_type(text) for text in expected if "NoneType" not in text]
+    option = message.partition(":")[0]
+    return f"{option}: expected {' or '.join(dict.fromkeys(words))}, found {found[1]}"
+
+
+def _plain_type(text: str) -> str:
+    names = {
+        "str": "text",
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "tuple": "numbers with commas between them",
+    }
+    name = re.sub(r"<class '(\w+)'>", r"\1", text)
+    literal = re.fullmatch(r"typing\.Literal\[(.*)\]", name)
+    return literal[1].replace("'", "").replace(", ", " or ") if literal else names.get(name, name)

@@ -1,0 +1,276 @@
+"""SAM's image encoder (Kirillov et al. 2023, https://arxiv.org/abs/2304.02643), for any image size.
+
+Parameter for parameter the `image_encoder` of the official checkpoints: a plain ViT with patch 16, absolute
+position embedding, decomposed relative positions in every block, attention in 14x14 windows except in a few
+global blocks. With `lora_rank` the q and v parts of every qkv carry a LoRA update (Zhang & Liu 2023,
+SAMed, https://arxiv.org/abs/2304.13785).
+
+Shapes: B batch, H/W pixels, h/w tokens, D embedding, d head dim.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import rskernels
+from rsmodels.encoders.features import FeatureBackbone
+from rsmodels.layers import MLP, LayerNorm, Linear, LoRAQKV, image_size_pair, make_neck
+from rsmodels.registry import register_encoder
+from rsmodels.weights import LoadReport, load_sam_encoder
+
+PATCH_SIZE = 16
+IN_CHANS_MODES = ("repeat", "learned")
+
+
+class SamViT(nn.Module):
+    """images (B, C, H, W) → (B, neck_dim, h, w), or (B, D, h, w) without a neck.
+
+    Args:
+        embed_dim, depth, num_heads: of the transformer.
+        global_blocks: indices of the blocks that attend over the whole grid.
+        image_size: H and W (or one int for both), multiples of 16; the size of every input.
+        window_size: side of the other blocks' windows, in tokens.
+        neck_dim: channels of SAM's neck; None leaves the neck out.
+        lora_rank: rank of the update on q and v of every qkv; 0 for none.
+        in_chans: input bands. Other than 3 needs `in_chans_mode`: "repeat" makes the patch embedding of a
+            checkpoint take bands modulo three, scaled to keep its magnitude; "learned" starts it anew and
+            trains it even in a frozen encoder.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        global_blocks: Sequence[int],
+        *,
+        image_size: int | tuple[int, int] = 1024,
+        window_size: int = 14,
+        mlp_ratio: float = 4.0,
+        neck_dim: int | None = 256,
+        lora_rank: int = 0,
+        in_chans: int = 3,
+        in_chans_mode: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.image_size = image_size_pair(image_size, multiple_of=PATCH_SIZE)
+        self.grid_size = (self.image_size[0] // PATCH_SIZE, self.image_size[1] // PATCH_SIZE)
+        self.embed_dim = embed_dim
+        self.global_blocks = tuple(global_blocks)
+        if lora_rank < 0:
+            raise ValueError(f"lora_rank={lora_rank}: expected 0 (no LoRA) or a positive rank")
+        if in_chans != 3 and in_chans_mode not in IN_CHANS_MODES:
+            raise ValueError(
+                f"in_chans={in_chans} with in_chans_mode={in_chans_mode!r}: SAM takes 3 bands; "
+                "say how to adapt it with in_chans_mode='repeat' or 'learned'"
+            )
+        self.in_chans, self.in_chans_mode = in_chans, in_chans_mode
+
+        self.patch_embed = PatchEmbed(in_chans, embed_dim, PATCH_SIZE)
+        self.pos_embed = nn.Parameter(torch.empty(1, *self.grid_size, embed_dim))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads=num_heads,
+                grid_size=self.grid_size,
+                window_size=0 if i in self.global_blocks else window_size,
+                mlp_ratio=mlp_ratio,
+                lora_rank=lora_rank,
+            )
+            for i in range(depth)
+        )
+        self.neck = None if neck_dim is None else make_neck(embed_dim, neck_dim)
+        self.activation_checkpointing = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.forward_intermediates(images, (len(self.blocks) - 1,))[0]
+        return x if self.neck is None else self.neck(x)
+
+    def forward_intermediates(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
+        """The outputs (B, D, h, w) of the blocks `indices` (ascending); later blocks do not run."""
+        if images.shape[1:] != (self.in_chans, *self.image_size):
+            expected = f"(B, {self.in_chans}, {self.image_size[0]}, {self.image_size[1]})"
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}: this model takes {expected}; resize or tile the images, "
+                "or create the model with their image_size="
+            )
+        x = self.patch_embed(images) + self.pos_embed
+        features = []
+        for i, block in enumerate(self.blocks):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+            if i in indices:
+                features.append(x.permute(0, 3, 1, 2))
+            if i == indices[-1]:
+                break
+        return features
+
+    def freeze(self) -> None:
+        """Leave only LoRA (and a "learned" patch embedding) trainable."""
+        for name, parameter in self.named_parameters():
+            learned_input = self.in_chans_mode == "learned" and name.startswith("patch_embed.")
+            parameter.requires_grad_(".lora_" in name or learned_input)
+
+    def merge_lora(self) -> None:
+        """Fold LoRA into every qkv for inference; see LoRAQKV.merge_lora."""
+        for qkv in self._lora_layers():
+            qkv.merge_lora()
+
+    def unmerge_lora(self) -> None:
+        """Undo merge_lora() exactly."""
+        for qkv in self._lora_layers():
+            qkv.unmerge_lora()
+
+    def _lora_layers(self) -> list[LoRAQKV]:
+        return [module for module in self.modules() if isinstance(module, LoRAQKV)]
+
+    def resize_state(self, state: dict[str, Tensor], prefix: str = "") -> dict[str, str]:
+        """Fit the position tables in `state` to this image size, in place; the changed keys, each with how.
+
+        The position embedding is resized bicubically, the global blocks' relative tables linearly; window
+        tables never depend on the image size.
+        """
+        changed = {}
+        key = f"{prefix}pos_embed"
+        if key in state and state[key].ndim == 4 and state[key].shape[1:3] != self.grid_size:
+            before = tuple(state[key].shape[1:3])
+            state[key] = resize_position_embedding(state[key], self.grid_size)
+            changed[key] = (
+                f"{before[0]}x{before[1]} → {self.grid_size[0]}x{self.grid_size[1]} tokens, bicubic"
+            )
+        for i in self.global_blocks:
+            for axis, size in zip("hw", self.grid_size, strict=True):
+                key = f"{prefix}blocks.{i}.attn.rel_pos_{axis}"
+                if key in state and len(state[key]) != 2 * size - 1:
+                    changed[key] = f"{len(state[key])} → {2 * size - 1} rows, linear"
+                    state[key] = resize_relative_table(state[key], 2 * size - 1)
+        return changed
+
+    def adapt_input_weight(self, weight: Tensor) -> Tensor:
+        """A checkpoint's patch embedding (D, 3, p, p), its bands repeated in turn to fill `in_chans`."""
+        if weight.shape[1] == self.in_chans or weight.shape[1] != 3:
+            return weight
+        return weight[:, torch.arange(self.in_chans) % 3] * (3 / self.in_chans)
+
+    def features_only(self, out_indices: Sequence[int]) -> FeatureBackbone:
+        """This encoder as a timm-like backbone; see rsmodels.create_backbone."""
+        return FeatureBackbone(self, out_indices, reduction=PATCH_SIZE)
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block's activations in backward instead of keeping them."""
+        self.activation_checkpointing = enabled
+
+    def load_pretrained(self, source: str) -> LoadReport:
+        """Load the image encoder of a SAM checkpoint (a file or a hub id); see rsmodels.weights."""
+        return load_sam_encoder(self, source)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, embedded: (B, C, H, W) → (B, h, w, D)."""
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).permute(0, 2, 3, 1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block over a token grid: (B, h, w, D) → (B, h, w, D)."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_heads: int,
+        grid_size: tuple[int, int],
+        window_size: int,
+        mlp_ratio: float,
+        lora_rank: int,
+    ) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = Attention(
+            dim, num_heads=num_heads, grid_size=grid_size, window_size=window_size, lora_rank=lora_rank
+        )
+        self.norm2 = LayerNorm(dim)
+        self.mlp = MLP(dim, int(dim * mlp_ratio), activation="gelu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with decomposed relative positions, global (window_size 0) or in windows."""
+
+    def __init__(
+        self, dim: int, *, num_heads: int, grid_size: tuple[int, int], window_size: int, lora_rank: int
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.qkv = LoRAQKV(dim, rank=lora_rank) if lora_rank else Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+        height, width = (window_size, window_size) if window_size else grid_size
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * height - 1, dim // num_heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * width - 1, dim // num_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # SAM pads the grid with zeros after norm1, so padded tokens are keys and values equal to the qkv
+        # bias, and they are attended to. LoRA adds nothing to them: their input is zero.
+        x = rskernels.rel_pos_attention(
+            self.qkv(x),
+            self.rel_pos_h,
+            self.rel_pos_w,
+            num_heads=self.num_heads,
+            window_size=self.window_size,
+            pad_qkv=self.qkv.bias if self.window_size else None,
+        )
+        return self.proj(x)
+
+
+def resize_position_embedding(pos_embed: Tensor, size: tuple[int, int]) -> Tensor:
+    """(1, h, w, D) → (1, *size, D), bicubic and antialiased (as timm does, so that shrinking averages)."""
+    resized = F.interpolate(
+        pos_embed.float().permute(0, 3, 1, 2), size=size, mode="bicubic", antialias=True, align_corners=False
+    )
+    return resized.permute(0, 2, 3, 1).contiguous().to(pos_embed.dtype)
+
+
+def resize_relative_table(table: Tensor, length: int) -> Tensor:
+    """(L, d) → (length, d), linear, as SAM's get_rel_pos does at run time."""
+    resized = F.interpolate(table.float().T[None], size=length, mode="linear", align_corners=False)
+    return resized[0].T.contiguous().to(table.dtype)
+
+
+@register_encoder
+def sam_vit_b(*, image_size: int | tuple[int, int] = 1024, **options: Any) -> SamViT:
+    """SAM ViT-B: 12 blocks of width 768."""
+    return SamViT(768, 12, 12, (2, 5, 8, 11), image_size=image_size, **options)
+
+
+@register_encoder
+def sam_vit_l(*, image_size: int | tuple[int, int] = 1024, **options: Any) -> SamViT:
+    """SAM ViT-L: 24 blocks of width 1024."""
+    return SamViT(1024, 24, 16, (5, 11, 17, 23), image_size=image_size, **options)
+
+
+@register_encoder
+def sam_vit_h(*, image_size: int | tuple[int, int] = 1024, **options: Any) -> SamViT:
+    """SAM ViT-H: 32 blocks of width 1280."""
+    return SamViT(1280, 32, 16, (7, 15, 23, 31), image_size=image_size, **options)
+
+
+@register_encoder
+def sam_vit_tiny(*, image_size: int | tuple[int, int] = 128, **options: Any) -> SamViT:
+    """The same encoder small enough to train from scratch on a CPU; no pretrained weights exist."""
+    return SamViT(128, 4, 4, (1, 3), image_size=image_size, **{"window_size": 4, "neck_dim": 64, **options})

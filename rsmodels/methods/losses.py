@@ -1,0 +1,71 @@
+"""Cross entropy and soft Dice over the pixels that count.
+
+Shapes: B batch, K classes (1 = binary: one logit for class 1 of masks 0 and 1), H/W pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = ("sigmoid", "softmax")
+
+
+def segmentation_losses(
+    logits: Tensor, mask: Tensor, *, activation: str = "sigmoid", ignore_index: int = 255
+) -> dict[str, Tensor]:
+    """{"ce": cross entropy, "dice": soft Dice}, unweighted scalars in float32.
+
+    Args:
+        logits: (B, K, H, W).
+        mask: (B, H, W) class ids; pixels of `ignore_index` are left out of both terms.
+        activation: "sigmoid" takes every class as a binary problem of its own and averages over classes;
+            "softmax" takes them as alternatives. K = 1 is always a sigmoid.
+
+    Dice sums over the batch, so that a class is held to be absent only where no image has it; its smoothing
+    of one pixel makes an absent and unpredicted class cost nothing. With no pixel left both terms are 0,
+    and still have a gradient.
+    """
+    check_mask(logits, mask, ignore_index)
+    classes = logits.shape[1]
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits.float()
+        valid = mask != ignore_index
+        ids = torch.where(valid, mask, 0).long()
+        target = ids.unsqueeze(1) if classes == 1 else F.one_hot(ids, classes).permute(0, 3, 1, 2)
+        target = target.to(logits.dtype)
+        if activation == "softmax" and classes > 1:
+            probabilities = logits.softmax(dim=1)
+            ce = F.cross_entropy(logits, ids, reduction="none")
+        else:
+            probabilities = logits.sigmoid()
+            ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
+        ce = torch.where(valid, ce, 0).sum() / valid.sum().clamp(min=1)
+        dice = soft_dice(probabilities, target, valid.unsqueeze(1)).mean()
+    return {"ce": ce, "dice": dice}
+
+
+def soft_dice(probabilities: Tensor, target: Tensor, valid: Tensor, *, smooth: float = 1.0) -> Tensor:
+    """1 − (2·Σpt + smooth) / (Σp + Σt + smooth) per class, over the valid pixels of the batch: (K,)."""
+    p, t = torch.where(valid, probabilities, 0), torch.where(valid, target, 0)
+    over = (0, 2, 3)
+    return 1 - (2 * (p * t).sum(over) + smooth) / (p.sum(over) + t.sum(over) + smooth)
+
+
+def check_mask(logits: Tensor, mask: Tensor, ignore_index: int) -> None:
+    """A mask that does not fit its logits is a ValueError or TypeError."""
+    batch, classes, height, width = logits.shape
+    if mask.shape != (batch, height, width):
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)}: expected {(batch, height, width)}, one id per pixel"
+        )
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask of dtype {mask.dtype}: expected integer class ids")
+    if torch.compiler.is_compiling():
+        return
+    highest = max(classes, 2) - 1
+    outside = (mask != ignore_index) & ((mask < 0) | (mask > highest))
+    if outside.any():
+        raise ValueError(
+            f"mask holds the value {int(mask[outside][0])}: expected class ids 0 to {highest}, or "
+            f"{ignore_index} to ignore a pixel; check num_classes and the label schema"
+        )

@@ -1,0 +1,332 @@
+"""Models and encoders by name: how they announce themselves, how they are created, saved and loaded.
+
+The registry knows no model: `@register_model` and `@register_encoder` put builder functions into it, and
+`rsmodels/__init__.py` imports the packages that hold them. A builder forwards its `**options` to the class
+that it is annotated to return; that class's keyword-only parameters are the options users may give.
+"""
+
+import difflib
+import fnmatch
+import functools
+import inspect
+import json
+import os
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from rsmodels.files import atomic_directory, read_json, write_json
+from rsmodels.weights import read_state, save_state
+
+LIBRARY_VERSION = "0.1.0"
+
+Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
+
+MODELS: dict[str, Callable[..., nn.Module]] = {}
+ENCODERS: dict[str, Callable[..., nn.Module]] = {}
+# Options of a model's class that its builder settles, by the model's name.
+FIXED_OPTIONS: dict[str, tuple[str, ...]] = {}
+# Method names of the command line → the family of models that they train.
+METHODS: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a model expects of its input: which bands of a file, in which order, and their normalisation.
+
+    `bands` are 1-based indices into the file; None means its first len(mean). `mean` and `std` are in the
+    units of the raw pixels.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    bands: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "bands"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+        if len(self.mean) != len(self.std) or (self.bands is not None and len(self.bands) != len(self.mean)):
+            raise ValueError(
+                f"mean {self.mean}, std {self.std}, bands {self.bands}: expected one value per band in each"
+            )
+        if min(self.std) <= 0 or (self.bands is not None and min(self.bands) < 1):
+            raise ValueError(
+                f"std {self.std}, bands {self.bands}: expected std above 0 and bands counted from 1"
+            )
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Raw (B, C, H, W) values, already in the model's band order → float32 (images − mean) / std."""
+        if images.ndim != 4 or images.shape[1] != len(self.mean):
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}: this model takes (B, {len(self.mean)}, H, W); "
+                "pick its bands with bands="
+            )
+        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        return (images.float() - mean) / std
+
+
+@overload
+def register_model(builder: Builder) -> Builder: ...
+@overload
+def register_model(*, fixed: tuple[str, ...]) -> Callable[[Builder], Builder]: ...
+def register_model(builder: Any = None, *, fixed: tuple[str, ...] = ()) -> Any:
+    """Make `builder(*, num_classes, ...)` known to create_model under its own name.
+
+    `@register_model(fixed=(...))` names options of the model's class that the builder settles itself.
+    """
+    if builder is None:
+        return functools.partial(register_model, fixed=fixed)
+    FIXED_OPTIONS[builder.__name__] = fixed
+    return _register(MODELS, builder)
+
+
+def register_encoder(builder: Builder) -> Builder:
+    """Make `builder(*, image_size, ...)` known to create_backbone under its own name."""
+    return _register(ENCODERS, builder)
+
+
+def register_method(method: str, family: str) -> None:
+    """Say that `method` (as in --method) trains the models named `family`_..."""
+    METHODS[method] = family
+
+
+def _register(table: dict[str, Callable[..., nn.Module]], builder: Builder) -> Builder:
+    assert builder.__name__ not in table, f"{builder.__name__} is registered twice"
+    table[builder.__name__] = builder
+    return builder
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of the models that match a shell pattern, sorted."""
+    return sorted(fnmatch.filter(MODELS, pattern))
+
+
+def list_encoders(pattern: str = "*") -> list[str]:
+    """Names of the encoders that match a shell pattern, sorted."""
+    return sorted(fnmatch.filter(ENCODERS, pattern))
+
+
+def model_for_method(method: str, variant: str) -> str:
+    """The model's name for a method and a variant: ("rs-sam", "vit_b") → "rs_sam_vit_b".
+
+    A full model name of the method's family is taken as it is.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method {method!r}: no such method; {_suggest(method, METHODS)}")
+    family = METHODS[method]
+    name = variant if variant in MODELS else f"{family}_{variant}"
+    if name not in MODELS or not name.startswith(f"{family}_"):
+        raise ValueError(
+            f"model {variant!r}: method {method} has none of that name; "
+            f"expected one of {', '.join(list_models(f'{family}_*'))}"
+        )
+    return name
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    image_size: int | tuple[int, int] | None = None,
+    pretrained: str | None = None,
+    **options: Any,
+) -> Any:
+    """Build the segmentation model `name`.
+
+    Args:
+        name: one of list_models().
+        num_classes: K, the number of logits; 1 means binary.
+        image_size: pixels, one number or (H, W); None takes the model's own.
+        pretrained: a checkpoint of the model's foundation model, a file or a hub id; its parts that fit are
+            loaded and a report is printed.
+        options: the model's own; an unknown one is a ValueError that lists them.
+    """
+    builder = _look_up(MODELS, name, "model")
+    if image_size is not None:
+        options["image_size"] = image_size if isinstance(image_size, int) else tuple(image_size)
+    _check_options(builder, name, options)
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes={num_classes}: expected 1 (binary) or the number of classes")
+    model: Any = builder(num_classes=num_classes, **options)
+    model.model_name = name
+    model.arguments = {"num_classes": num_classes, **options, "image_size": list(model.image_size)}
+    model.base_weights = None
+    if pretrained is not None:
+        model.base_weights = model.load_pretrained(pretrained).sha256
+    return model
+
+
+def create_backbone(
+    name: str,
+    *,
+    out_indices: tuple[int, ...],
+    image_size: int | tuple[int, int] | None = None,
+    pretrained: str | None = None,
+    **options: Any,
+) -> Any:
+    """Build the encoder `name` as a timm-like backbone: `.feature_info`, forward → list of (B, C, h, w).
+
+    Args:
+        name: one of list_encoders().
+        out_indices: blocks whose outputs are returned, ascending.
+        image_size, pretrained, options: as in create_model.
+    """
+    builder = _look_up(ENCODERS, name, "encoder")
+    if image_size is not None:
+        options["image_size"] = image_size
+    _check_options(builder, name, options)
+    encoder: Any = builder(**options)
+    if pretrained is not None:
+        encoder.load_pretrained(pretrained)
+    return encoder.features_only(out_indices)
+
+
+def _look_up(table: Mapping[str, Callable[..., nn.Module]], name: str, what: str) -> Callable[..., nn.Module]:
+    if name not in table:
+        raise ValueError(f"{what} {name!r}: no such {what}; {_suggest(name, table)}")
+    return table[name]
+
+
+def _suggest(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(sorted(known))}"
+
+
+def _check_options(builder: Callable[..., nn.Module], name: str, options: Mapping[str, Any]) -> None:
+    parameters = dict(inspect.signature(builder).parameters)
+    built = typing.get_type_hints(builder)["return"]
+    parameters |= inspect.signature(built).parameters
+    allowed = {k for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    allowed -= {"num_classes", *FIXED_OPTIONS.get(name, ())}
+    unknown = [key for key in options if key not in allowed]
+    if unknown:
+        raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(sorted(allowed))}")
+
+
+def parameter_counts(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Parameters per module, as (all, trainable), and their "total": the model card's table."""
+
+    def count(module: nn.Module) -> tuple[int, int]:
+        parameters = list(module.parameters())
+        return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+    counts = {name: count(child) for name, child in model.named_children()}
+    own = list(model.parameters(recurse=False))
+    if own:
+        counts["own"] = sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad)
+    return {**counts, "total": count(model)}
+
+
+def save_model(
+    model: Any,
+    directory: str | os.PathLike[str],
+    info: Mapping[str, Any] | None = None,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write `model` as a folder of model.safetensors and model.json, all or nothing.
+
+    Args:
+        directory: new, empty, or written by save_model before.
+        info: entries for model.json: classes, palette, binary, ignore_index, training, ...
+        state_dict: the full weights where the model itself holds only shards of them.
+    """
+    directory = Path(directory)
+    foreign = (
+        {p.name for p in directory.iterdir()} - {"model.safetensors", "model.json"}
+        if directory.is_dir()
+        else ()
+    )
+    if foreign:
+        raise ValueError(
+            f"{directory}: holds other files ({', '.join(sorted(foreign)[:3])}); save into a new folder"
+        )
+    preprocessing: Preprocessing = model.preprocessing
+    record = {
+        "model": model.model_name,
+        "arguments": model.arguments,
+        "classes": None,
+        "palette": None,
+        "binary": model.num_classes == 1,
+        "ignore_index": 255,
+        "bands": preprocessing.bands,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+        "image_size": list(model.image_size),
+        "base_weights": model.base_weights,
+        "library_version": LIBRARY_VERSION,
+        "training": {},
+        **(info or {}),
+    }
+    with atomic_directory(directory) as temporary:
+        save_state(model.state_dict() if state_dict is None else state_dict, temporary / "model.safetensors")
+        write_json(temporary / "model.json", record)
+
+
+def load_model(
+    directory: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "cpu",
+    model: str | None = None,
+    **overrides: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """Read what save_model wrote: (the model in eval mode, the content of model.json).
+
+    Args:
+        directory: e.g. runs/NAME/best.
+        model: the name that the caller expects; another one in the folder is a ValueError.
+        overrides: arguments of create_model to change, e.g. image_size: position tables are resized.
+    """
+    directory = Path(directory)
+    record_path, weights_path = directory / "model.json", directory / "model.safetensors"
+    for path in (record_path, weights_path):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path}: no such file; expected a folder with model.json and model.safetensors, "
+                "as runs/NAME/best"
+            )
+    info = read_json(record_path)
+    for key in ("model", "arguments", "mean", "std"):
+        if not isinstance(info, dict) or key not in info:
+            raise ValueError(f"{record_path}: has no entry {key!r}; expected what rsmodels.save_model writes")
+    if model is not None and info["model"] != model:
+        raise ValueError(f"{record_path}: holds {info['model']}, expected {model}; give that model's folder")
+
+    arguments = {**_tuples(info["arguments"]), **overrides}
+    loaded = create_model(info["model"], **arguments)
+    loaded.base_weights = info.get("base_weights")
+    bands = info.get("bands")
+    loaded.preprocessing = Preprocessing(tuple(info["mean"]), tuple(info["std"]), bands and tuple(bands))
+    state = read_state(weights_path)
+    if "image_size" in overrides:
+        loaded.resize_state(state)
+    _load_whole(loaded, state, weights_path, f"{info['model']} {json.dumps(info['arguments'])}")
+    return loaded.to(device).eval(), info
+
+
+def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
+
+
+def _load_whole(model: nn.Module, state: Mapping[str, Tensor], path: Path, expected: str) -> None:
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    misfits = [key for key in own.keys() & state.keys() if own[key].shape != state[key].shape]
+    if missing or unknown or misfits:
+        found = (
+            f"{len(missing)} tensors missing, {len(unknown)} unknown, {len(misfits)} of another shape "
+            f"(first: {(missing + unknown + sorted(misfits))[0]})"
+        )
+        raise ValueError(
+            f"{path}: weights of another variant: {found}; expected {expected}; keep model.json and "
+            "model.safetensors of one save together"
+        )
+    model.load_state_dict(dict(state))

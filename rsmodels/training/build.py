@@ -1,0 +1,188 @@
+"""What a run is made of, from its configuration: data sets, model, optimiser, length, identity."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import rskernels
+from rskernels import tuning
+from rsmodels.data import IGNORE, SegmentationDataset, create_dataset
+from rsmodels.registry import Preprocessing, create_model
+from rsmodels.training.checkpoint import newest_first
+from rsmodels.training.config import OptimConfig, TrainConfig
+from rsmodels.training.parallel import Ranks, start_moments
+from rsmodels.training.sampler import Purpose, derive_seed, seed_everything
+
+LARGEST_DEFAULT_SIZE = 512  # pixels; the paper's largest input
+MEASURED_TILES = 256
+MOST_READERS = 4
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """The run's folder, which must not hold another run unless this one resumes."""
+    folder = Path(str(config.run))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--run {folder}: is a file; give a folder")
+    newest = next(iter(newest_first(folder / "checkpoints")), None)
+    # A run that ended before its first checkpoint left nothing to lose.
+    if config.resume is None and (newest is not None or (folder / "best").exists()):
+        raise ValueError(
+            f"--run {folder}: already holds a run (its newest checkpoint: {newest.name if newest else 'none'}); "
+            "go on with --resume auto, or choose another --run"
+        )
+    return folder
+
+
+def open_split(config: TrainConfig, split: str) -> SegmentationDataset:
+    """The data set's `split`, with the bands asked for."""
+    options = dict(config.data_args)
+    if config.bands is not None:
+        options["bands"] = config.bands
+    dataset = create_dataset(config.data, root=config.root, split=split, **options)
+    if len(dataset) == 0:
+        raise ValueError(
+            f"data set {config.data!r}: its {split} split is empty; training needs at least one tile"
+        )
+    return dataset
+
+
+def share_of_batch(config: TrainConfig, world: int) -> int:
+    """Tiles that one rank passes through the model at a time."""
+    parts = world * config.accumulate
+    if config.batch_size % parts:
+        raise ValueError(
+            f"--batch-size {config.batch_size} does not split over {world} rank(s) and --accumulate "
+            f"{config.accumulate}; choose a multiple of {parts}"
+        )
+    return config.batch_size // parts
+
+
+def number_of_steps(config: TrainConfig, tiles: int) -> int:
+    """The run's length in optimiser steps."""
+    if config.steps is not None:
+        return config.steps
+    assert config.epochs is not None
+    return math.ceil(config.epochs * tiles / config.batch_size)
+
+
+def warmup_steps(config: TrainConfig, steps: int) -> int:
+    """Steps of warm-up in a run of `steps`."""
+    warmup = config.optim.warmup
+    if warmup is None:
+        return min(250, steps // 10)
+    if warmup >= steps:
+        raise ValueError(f"--optim.warmup {warmup} must be shorter than the run, which has {steps} steps")
+    return warmup
+
+
+def reader_processes() -> int:
+    """The cores of this rank less one, at most 4."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0, min(MOST_READERS, cores // ranks_here - 1))
+
+
+def build_model(config: TrainConfig, dataset: SegmentationDataset, *, resuming: bool) -> Any:
+    """The model with the same first weights on every rank; a run that resumes reads no pretrained file."""
+    first = dataset[0]["image"]
+    size = config.image_size or max(32, min(*first.shape[-2:], LARGEST_DEFAULT_SIZE) // 32 * 32)
+    seed_everything(derive_seed(config.seed, Purpose.WEIGHTS))
+    model = create_model(
+        config.model,
+        num_classes=dataset.schema.num_logits,
+        image_size=size,
+        pretrained=None if resuming else config.pretrained,
+        **config.model_args,
+    )
+    expected = len(model.preprocessing.mean)
+    if len(first) != expected:
+        raise ValueError(
+            f"data set {config.data!r} gives {len(first)} bands and {config.model} takes {expected}: choose "
+            f"{expected} with --bands, or adapt the model with --model-args.in_chans {len(first)} "
+            "and normalise by the data with --loader.normalize dataset"
+        )
+    model.preprocessing = Preprocessing(model.preprocessing.mean, model.preprocessing.std, dataset.bands)
+    model.set_activation_checkpointing(config.activation_checkpointing)
+    return model.train()
+
+
+def measure_statistics(
+    dataset: SegmentationDataset, ranks: Ranks
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per band over up to MEASURED_TILES tiles, evenly spread over the data set.
+
+    Every rank reads its share. Pixels without data (IGNORE in the mask and 0 in every band) do not count.
+    """
+    count = min(len(dataset), MEASURED_TILES)
+    chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist()
+    with ranks.together():
+        sums = torch.zeros(3, dataset[0]["image"].shape[0], dtype=torch.float64)
+        for index in chosen[ranks.rank :: ranks.world]:
+            sample = dataset[index]
+            image, mask = sample["image"].double(), sample["mask"]
+            values = image[:, ~((mask == IGNORE) & (image == 0).all(0))]
+            sums += torch.stack([torch.ones_like(values), values, values.square()]).sum(-1)
+    pixels, total, squares = ranks.sum(sums)
+    if pixels[0] == 0:
+        raise ValueError(
+            f"data set {dataset.name!r}: no pixel with data in {count} tiles; nothing to normalise by"
+        )
+    mean = total / pixels
+    std = (squares / pixels - mean.square()).clamp(min=0).sqrt()
+    if std.min() == 0:
+        raise ValueError(
+            f"data set {dataset.name!r}: band {int(std.argmin()) + 1} has one value everywhere; leave it out "
+            "with --bands"
+        )
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over what is trainable; norms and biases (vectors) do not decay."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    start_moments(optimizer, step=0)
+    return optimizer
+
+
+def identity(model: Any, dataset: SegmentationDataset) -> dict[str, Any]:
+    """What must not change between a checkpoint and the run that resumes from it, as JSON has it."""
+    described = {
+        "model": model.model_name,
+        "arguments": model.arguments,
+        "classes": dataset.schema.classes,
+        "bands": dataset.bands,
+    }
+    return json.loads(json.dumps(described))
+
+
+def check_same_model(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """A checkpoint of another model, or of other classes or bands, is a ValueError."""
+    for key in now:
+        if before.get(key) != now[key]:
+            raise ValueError(
+                f"{path}: was written with {key} {before.get(key)}, this run has {now[key]}; resume with the "
+                "options it was started with (config.yaml), or start anew in another --run"
+            )
+
+
+def kernel_record() -> dict[str, Any]:
+    """What computes this run: versions, backend and the table of matrix products."""
+    return {
+        "torch": torch.__version__,
+        "rskernels": rskernels.__version__,
+        "backend": rskernels.get_backend(),
+        "tuning": tuning.record(),
+    }

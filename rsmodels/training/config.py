@@ -1,0 +1,231 @@
+"""What a training run can be told: one dataclass, whose fields are the command line and the YAML recipes.
+
+The line under a field is its help text. `None` means "chosen for you", and the text says how.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rsmodels import files
+from rsmodels.data import list_datasets
+from rsmodels.registry import METHODS, model_for_method
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule. The defaults are the published values of RS-SAM's baseline, SAM LoRA."""
+
+    lr: float = 5e-3
+    """Learning rate after the warm-up."""
+    warmup: int | None = None
+    """Steps of linear warm-up (default: 250, or a tenth of a run shorter than 2,500 steps)."""
+    power: float = 0.9
+    """Exponent of the polynomial decay to zero."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices and convolutions; norms and biases have none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's two averaging factors."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+
+
+@dataclass
+class LoaderConfig:
+    """How samples of the data set become batches. The paper augments nothing."""
+
+    flip: bool = False
+    """Mirror training tiles at random, left to right and top to bottom."""
+    photometric: bool = False
+    """Change brightness, contrast and saturation of 8-bit training tiles at random."""
+    cache: bool = False
+    """Keep decoded tiles in memory; every worker process keeps its own."""
+    normalize: Literal["model", "dataset"] = "model"
+    """Mean and standard deviation: the pretrained model's, or measured on the training split."""
+
+
+@dataclass
+class TrainConfig:
+    """One training run."""
+
+    method: str = "rs-sam"
+    """Training recipe of a paper: rs-sam, or sam-lora, its baseline."""
+    model: str | None = None
+    """Size (tiny, vit_b, vit_l, vit_h) or a full name as `rsmodels models` lists them (default: tiny for
+    synthetic data, vit_b for any other)."""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments for the model, for example --model-args.mff false."""
+    pretrained: str | None = None
+    """Checkpoint of the encoder to start from, for example sam_vit_b_01ec64.pth (default: random weights)."""
+
+    data: str = "synthetic"
+    """Name of the data set."""
+    root: str | None = None
+    """Folder of the data set; synthetic data needs none."""
+    data_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments for the data set, for example --data-args.classes classes.yaml."""
+    bands: tuple[int, ...] | None = None
+    """Bands to read, counted from 1, in this order (default: all of them)."""
+    image_size: int | None = None
+    """Side of the training crop in pixels (default: the smaller side of the first tile, rounded down to a
+    multiple of 32, at most 512)."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """From samples to batches."""
+    num_workers: int | None = None
+    """Processes per rank that read data ahead (default: the cores of this rank less one, at most 4)."""
+
+    run: str | None = None
+    """Folder of the run (default: runs/DATA-MODEL)."""
+    steps: int | None = None
+    """Optimiser steps (default: see --epochs)."""
+    epochs: float | None = None
+    """Passes over the training split, instead of --steps (default: the paper's 200; 5 for synthetic data)."""
+    batch_size: int = 8
+    """Tiles per optimiser step, over all ranks together, so that a recipe means the same on any machine."""
+    accumulate: int = 1
+    """Split every rank's share of the batch into this many passes, to save memory."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimiser and schedule."""
+    seed: int = 0
+    """Seed of the weights, the data order and everything random."""
+
+    device: str | None = None
+    """cpu or cuda (default: cuda where there is one)."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Compute type; bf16 is autocast over fp32 weights (default: bf16 on cuda, fp32 on cpu)."""
+    parallel: Literal["none", "ddp", "fsdp", "hsdp"] | None = None
+    """How ranks share the model (default: fsdp under torchrun, none for one process)."""
+    shard_size: int | None = None
+    """Ranks that hold one copy of the model between them under hsdp (default: the ranks of one node)."""
+    activation_checkpointing: bool = False
+    """Recompute the encoder's blocks in backward: less memory, about a third more time."""
+    deterministic: bool = False
+    """Ask CUDA for kernels that repeat to the last bit; the CPU always does."""
+
+    resume: str | None = None
+    """auto: go on from the run's newest checkpoint, or start where there is none; or a checkpoint's path."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; one is always written at the end and on Ctrl-C."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    validate_every: int | None = None
+    """Steps between validations, which choose best/ by the lowest loss (default: one epoch)."""
+    log_every: int = 10
+    """Steps between lines of log.jsonl."""
+    report: bool = True
+    """Evaluate best/ and write report/ at the end."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """Check everything that needs no file and fill in what follows from names; ValueError in one line."""
+    _check_choice("--method", config.method, METHODS)
+    _check_choice("--data", config.data, list_datasets())
+    model = model_for_method(
+        config.method, config.model or ("tiny" if config.data == "synthetic" else "vit_b")
+    )
+    if config.data != "synthetic" and config.root is None:
+        raise ValueError(f"--data {config.data} needs --root: the folder that holds the data set")
+    if config.steps is not None and config.epochs is not None:
+        raise ValueError(
+            f"--steps {config.steps} and --epochs {config.epochs:g} both set the length of the run; give one"
+        )
+    _check_numbers(config)
+    _check_parallel(config)
+    epochs = config.epochs
+    if config.steps is None and epochs is None:
+        epochs = 5.0 if config.data == "synthetic" else 200.0
+    return replace(config, model=model, epochs=epochs, run=config.run or f"runs/{config.data}-{model}")
+
+
+def _check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    choices = sorted(choices)
+    if value in choices:
+        return
+    near = difflib.get_close_matches(value, choices, n=1)
+    advice = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(f"{option} {value!r} is not known; {advice}choose one of {', '.join(choices)}")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    positive = {
+        "steps": config.steps,
+        "epochs": config.epochs,
+        "image_size": config.image_size,
+        "batch_size": config.batch_size,
+        "accumulate": config.accumulate,
+        "checkpoint_every": config.checkpoint_every,
+        "keep_checkpoints": config.keep_checkpoints,
+        "validate_every": config.validate_every,
+        "log_every": config.log_every,
+        "shard_size": config.shard_size,
+        "optim.lr": config.optim.lr,
+    }
+    at_least_zero = {
+        "seed": config.seed,
+        "num_workers": config.num_workers,
+        "optim.warmup": config.optim.warmup,
+        "optim.power": config.optim.power,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.clip": config.optim.clip,
+    }
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{_option(name)} must be above 0, not {value}")
+    for name, value in at_least_zero.items():
+        if value is not None and not value >= 0:
+            raise ValueError(f"{_option(name)} must be 0 or more, not {value}")
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        raise ValueError(f"--optim.betas must lie in [0, 1), not {list(config.optim.betas)}")
+    if config.bands is not None and (not config.bands or min(config.bands) < 1):
+        raise ValueError(f"--bands count from 1, and there is at least one, not {list(config.bands)}")
+
+
+def _check_parallel(config: TrainConfig) -> None:
+    if config.device not in (None, "cpu", "cuda"):
+        raise ValueError(
+            f"--device {config.device!r} is not known; choose cpu or cuda (torchrun picks the GPU)"
+        )
+    if config.shard_size is not None and config.parallel != "hsdp":
+        raise ValueError(f"--shard-size {config.shard_size} belongs to --parallel hsdp; leave it out")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain YAML and JSON have it: dictionaries, lists, numbers, strings."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+    return plain(asdict(config))
+
+
+def write_config(config: TrainConfig, path: Path) -> None:
+    """Write the complete configuration to `path` as YAML that `--config` replays."""
+    files.write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def changed_options(
+    before: dict[str, Any], after: dict[str, Any], prefix: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """Options that differ between two configurations as plain dictionaries: {"optim.lr": (old, new)}."""
+    changed: dict[str, tuple[Any, Any]] = {}
+    for name in before.keys() | after.keys():
+        old, new = before.get(name), after.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed |= changed_options(old, new, f"{prefix}{name}.")
+        elif old != new:
+            changed[f"{prefix}{name}"] = (old, new)
+    return dict(sorted(changed.items()))

@@ -1,0 +1,74 @@
+"""What the operator tests share: error measure and bounds, a clean dispatch state, fresh processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import rskernels
+from rskernels import dispatch, tuning
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def restore_state():
+    """Every test starts from, and leaves, the same backend, products, threads and seed."""
+    backend, products, threads = rskernels.get_backend(), tuning.record(), torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    rskernels.set_backend(backend)
+    tuning.restore(products)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def extension():
+    """The C++ extension; tests that need it skip, saying why, where it is not built."""
+    if "cpp" in dispatch.UNAVAILABLE:
+        pytest.skip(dispatch.UNAVAILABLE["cpp"])
+    from rskernels import _C
+
+    return _C
+
+
+@pytest.fixture(scope="session")
+def relative_error():
+    """‖out − reference‖ / ‖reference‖ in float64 (the absolute norm where the reference is zero)."""
+
+    def measure(out, reference):
+        out, reference = out.detach().double(), reference.detach().double()
+        assert out.shape == reference.shape
+        return ((out - reference).norm() / reference.norm().clamp_min(1e-30)).item()
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def assert_accurate(relative_error):
+    """An accelerated result against the float64 reference: below 2e-6 (float32) or 5e-3 (bfloat16), or below
+    twice what the same computation in eager PyTorch of that dtype reaches."""
+
+    def check(out, eager, reference, what):
+        floor = {torch.float32: 2e-6, torch.bfloat16: 5e-3}[out.dtype]
+        bound = max(floor, 2 * relative_error(eager, reference))
+        error = relative_error(out, reference)
+        assert error <= bound, f"{what}: error {error:.2e}, allowed {bound:.2e}"
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def run_python():
+    """Run code in a fresh interpreter with extra environment variables; returns the completed process."""
+
+    def run(code, **environment):
+        env = {k: v for k, v in os.environ.items() if not k.startswith("RSKERNELS_")}
+        env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+
+    return run

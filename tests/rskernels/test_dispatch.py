@@ -1,0 +1,183 @@
+"""The dispatch table: what serves what, explicit choices, compilation, fresh processes without the extension."""
+
+import itertools
+import threading
+
+import pytest
+import torch
+
+import rskernels
+from rskernels import dispatch
+
+PUBLIC = set(rskernels.__all__) - {"__version__", "backend", "explain", "get_backend", "set_backend"}
+
+
+def smallest_call(op, dtype):
+    """A valid call of each operator on the CPU."""
+
+    def z(*shape):
+        return torch.zeros(*shape, dtype=dtype)
+
+    calls = {
+        "rel_pos_attention": lambda: rskernels.rel_pos_attention(z(1, 2, 2, 48), z(3, 16), z(3, 16), num_heads=1),
+        "linear": lambda: rskernels.linear(z(2, 3), z(4, 3), z(4)),
+        "lora_linear": lambda: rskernels.lora_linear(z(2, 3), z(4, 3), z(4), z(1, 3), z(4, 1), scale=1.0),
+        "lora_qkv": lambda: rskernels.lora_qkv(z(2, 3), z(6, 3), z(6), z(1, 3), z(2, 1), z(1, 3), z(2, 1), scale=1.0),
+        "cross_attention": lambda: rskernels.cross_attention(z(1, 1, 2, 4), z(1, 1, 3, 4), z(1, 1, 3, 4)),
+        "distillation_loss": lambda: rskernels.distillation_loss(z(1, 2, 2, 2), z(1, 2, 2, 2)),
+        "dilated_aspp": lambda: rskernels.dilated_aspp(z(1, 1, 4, 4), [z(1, 1, 3, 3)], [None], dilations=[1]),
+        "deformable_attention": lambda: rskernels.deformable_attention(
+            z(1, 4, 1, 2), [(2, 2)], z(1, 1, 1, 1, 1, 2), z(1, 1, 1, 1, 1)
+        ),
+    }
+    return calls[op]()
+
+
+def test_the_table_has_every_public_operator():
+    assert set(dispatch.TABLE) == PUBLIC
+    listed = {n for rows in dispatch.TABLE.values() for dtypes in rows.values() for names in dtypes.values() for n in names}
+    assert listed <= set(dispatch.BACKENDS) - {"auto", "reference"}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
+@pytest.mark.parametrize(("op", "name"), list(itertools.product(sorted(PUBLIC), dispatch.BACKENDS)))
+def test_a_named_backend_serves_or_says_why_not(op, name, dtype):
+    serves = name in ("auto", "reference") or (
+        name not in dispatch.UNAVAILABLE and name in dispatch.TABLE[op].get("cpu", {}).get(dtype, ())
+    )
+    with rskernels.backend(name):
+        if serves:
+            smallest_call(op, dtype)
+            return
+        with pytest.raises(ValueError) as caught:
+            smallest_call(op, dtype)
+    message = str(caught.value)
+    for part in (repr(name), op, str(dtype).removeprefix("torch."), "cpu", "set_backend('auto')"):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_set_backend_and_context_manager():
+    rskernels.set_backend("reference")
+    with pytest.raises(RuntimeError, match="on purpose"), rskernels.backend("auto"):
+        assert rskernels.get_backend() == "auto"
+        raise RuntimeError("on purpose")
+    assert rskernels.get_backend() == "reference"
+    with pytest.raises(ValueError, match=r"set_backend: unknown backend 'fast'; expected one of auto, reference"):
+        rskernels.set_backend("fast")
+    assert rskernels.get_backend() == "reference"
+
+
+def test_choose(extension):
+    x = torch.zeros(2)
+    assert dispatch.choose("linear", x, None, x) == "cpp"
+    assert dispatch.choose("linear", None, x.double()) == "reference"
+    assert dispatch.choose("linear", x, x.bfloat16()) == "reference"
+    assert dispatch.choose("linear", x, torch.zeros(2, device="meta")) == "reference"
+    assert dispatch.choose("linear", x, without={"cpp": "too small"}) == "reference"
+    with rskernels.backend("cpp"):
+        with pytest.raises(ValueError, match="cannot serve linear for float32 on cpu: too small"):
+            dispatch.choose("linear", x, without={"cpp": "too small"})
+        with pytest.raises(ValueError, match="cannot serve linear for mixed dtypes on cpu: it serves linear for"):
+            dispatch.choose("linear", x, x.bfloat16())
+
+
+def test_another_thread_sees_the_same_backend():
+    seen = []
+    with rskernels.backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(rskernels.get_backend()))
+        thread.start()
+        thread.join()
+    assert seen == ["reference"]
+
+
+def test_compiled_code_follows_the_switch(extension):
+    """The choice is traced away: no graph break, another graph when the backend changes."""
+    graphs = []
+
+    def capture(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    compiled = torch.compile(lambda x, w: rskernels.linear(x, w), fullgraph=True, backend=capture)
+    x, w = torch.randn(3, 4), torch.randn(5, 4)
+    fused = compiled(x, w)
+    with rskernels.backend("reference"):
+        plain = compiled(x, w)
+    compiled(x, w)
+    torch.testing.assert_close(fused, plain)
+    assert [any("rskernels.linear_forward" in t for t in targets) for targets in graphs] == [True, False]
+
+
+def test_backward_uses_what_forward_used(extension):
+    x, w = torch.randn(300, 64, requires_grad=True), torch.randn(96, 64, requires_grad=True)
+    with rskernels.backend("cpp"):
+        out = rskernels.linear(x, w).sum()
+    (expected,) = torch.autograd.grad(out, w, retain_graph=True)
+    with rskernels.backend("reference"):
+        (found,) = torch.autograd.grad(out, w)
+    assert torch.equal(found, expected)
+
+
+def test_explain_names_everything(capsys):
+    text = rskernels.explain()
+    assert capsys.readouterr().out == text + "\n"
+    for part in (rskernels.__version__, torch.__version__, "threads", "backend: auto", *dispatch.TABLE):
+        assert part in text
+    for name, reason in dispatch.UNAVAILABLE.items():
+        assert f"{name}: {reason}" in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_extension_runs_on_torchs_threads(extension):
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert extension.parallel_threads() == threads
+
+
+def test_instruction_set_override(extension, run_python):
+    before = extension.cpu_capability()
+    try:
+        extension.set_cpu_capability("baseline")
+        assert extension.cpu_capability() == "baseline" and "instruction set baseline" in rskernels.explain()
+    finally:
+        extension.set_cpu_capability(before)
+    code = "from rskernels import _C; print(_C.cpu_capability())"
+    assert run_python(code, RSKERNELS_ISA="baseline").stdout.strip() == "baseline"
+    with pytest.raises(ValueError, match="sse9"):
+        extension.set_cpu_capability("sse9")
+
+
+def test_without_the_extension_the_reference_serves(run_python):
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import rskernels
+    import torch
+    for _ in range(2):
+        out = rskernels.linear(torch.ones(2, 3), torch.ones(4, 3), activation="relu")
+print(len([w for w in caught if "rskernels" in str(w.message)]), out.sum().item())
+rskernels.explain()
+op = torch.ops.rskernels.linear_forward(torch.ones(2, 3), torch.ones(4, 3), None, "relu", False)[0]
+assert torch.equal(op, out)
+try:
+    rskernels.set_backend("cpp")
+    rskernels.linear(torch.ones(2, 3), torch.ones(4, 3))
+except ValueError as error:
+    print(error)
+"""
+    result = run_python(code, RSKERNELS_DISABLE_EXT="1")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "1 24.0"
+    assert any(line.startswith("extension: ") and "RSKERNELS_DISABLE_EXT" in line for line in lines)
+    assert any(line.split() == ["linear", "cpu", *["reference"] * 4] for line in lines)
+    assert "backend 'cpp' cannot serve linear" in lines[-1] and "RSKERNELS_DISABLE_EXT" in lines[-1]
+
+
+def test_environment_chooses_the_backend(run_python):
+    code = "import rskernels; print(rskernels.get_backend())"
+    assert run_python(code, RSKERNELS_BACKEND="reference").stdout.strip() == "reference"
+    wrong = run_python(code, RSKERNELS_BACKEND="fast")
+    assert wrong.returncode != 0 and "RSKERNELS_BACKEND: unknown backend 'fast'" in wrong.stderr

@@ -1,0 +1,105 @@
+from dataclasses import asdict, fields, is_dataclass, replace
+from typing import Any
+
+import pytest
+
+from rsmodels.cli.options import parse
+from rsmodels.training.config import (
+    LoaderConfig,
+    OptimConfig,
+    TrainConfig,
+    changed_options,
+    resolve,
+    to_dict,
+    write_config,
+)
+
+
+def run(config: TrainConfig) -> int:
+    """What the command line's parser is built from."""
+    return 0
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"method": "rs-san"}, "--method 'rs-san' is not known; did you mean rs-sam?"),
+        ({"model": "vit_x"}, "vit_x"),
+        ({"model": "sam_lora_tiny"}, "sam_lora_tiny"),
+        ({"data": "whdl", "root": "x"}, "did you mean whdld?"),
+        ({"data": "whdld"}, "--data whdld needs --root"),
+        ({"steps": 5, "epochs": 2.0}, "--steps 5 and --epochs 2"),
+        ({"steps": 0}, "--steps must be above 0, not 0"),
+        ({"epochs": -1.0}, "--epochs must be above 0, not -1.0"),
+        ({"batch_size": -8}, "--batch-size must be above 0, not -8"),
+        ({"image_size": 0}, "--image-size must be above 0"),
+        ({"num_workers": -1}, "--num-workers must be 0 or more"),
+        ({"checkpoint_every": 0}, "--checkpoint-every must be above 0"),
+        ({"optim": OptimConfig(lr=-1e-3)}, "--optim.lr must be above 0"),
+        ({"optim": OptimConfig(lr=float("nan"))}, "--optim.lr must be above 0, not nan"),
+        ({"optim": OptimConfig(weight_decay=-0.1)}, "--optim.weight-decay must be 0 or more"),
+        ({"optim": OptimConfig(betas=(0.9, 1.0))}, "--optim.betas must lie in [0, 1)"),
+        ({"bands": (0, 1)}, "--bands count from 1"),
+        ({"device": "gpu"}, "--device 'gpu' is not known"),
+        ({"shard_size": 2, "parallel": "fsdp"}, "--shard-size 2 belongs to --parallel hsdp"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError) as error:
+        resolve(TrainConfig(**options))
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_train_the_tiny_model_on_synthetic_data() -> None:
+    config = resolve(TrainConfig())
+    assert (config.model, config.data, config.epochs) == ("rs_sam_tiny", "synthetic", 5.0)
+    assert config.run == "runs/synthetic-rs_sam_tiny"
+
+
+def test_real_data_gets_the_papers_model_and_length() -> None:
+    config = resolve(TrainConfig(method="sam-lora", data="whdld", root="/data"))
+    assert (config.model, config.epochs) == ("sam_lora_vit_b", 200.0)
+
+
+def test_a_written_configuration_replays(tmp_path: Any) -> None:
+    config = TrainConfig(
+        model_args={"mff": False},
+        bands=(3, 2, 1),
+        steps=7,
+        optim=OptimConfig(lr=0.1, betas=(0.8, 0.9)),
+        loader=LoaderConfig(cache=True),
+    )
+    write_config(config, tmp_path / "config.yaml")
+    assert parse("train", "train", run, ["--config", str(tmp_path / "config.yaml")]) == config
+    assert parse(
+        "train", "train", run, ["--config", str(tmp_path / "config.yaml"), "--optim.lr", "0.2"]
+    ) == replace(config, optim=replace(config.optim, lr=0.2))
+
+
+def test_every_option_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("train", "train", run, ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+
+    def options(kind: type, prefix: str = "--") -> list[str]:
+        names = []
+        for field in fields(kind):
+            value = field.default_factory() if callable(field.default_factory) else field.default
+            nested = options(type(value), f"{prefix}{field.name}.") if is_dataclass(value) else []
+            names += nested or [f"{prefix}{field.name}"]
+        return names
+
+    for option in options(TrainConfig):
+        spelled = option.replace("_", "-")
+        assert f"{spelled} " in text, spelled
+        # The help line reads "--steps STEPS Optimiser steps (…)": words follow the option and its metavariable.
+        after = text.split(f" {spelled} ")[-1]
+        assert after.split("(type:")[0].count(" ") >= 3, f"{spelled} has no help text"
+
+
+def test_changed_options_names_nested_ones() -> None:
+    before = to_dict(TrainConfig(steps=5))
+    after = to_dict(TrainConfig(steps=9, optim=OptimConfig(lr=0.1)))
+    assert changed_options(before, after) == {"optim.lr": (0.005, 0.1), "steps": (5, 9)}
+    assert asdict(TrainConfig()).keys() == before.keys()
