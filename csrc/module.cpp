@@ -46,13 +46,14 @@ int64_t parallel_threads() {
 // class; 0 = aten, 1 = onednn.
 void set_product_table(const std::vector<int>& products) {
   auto& table = rskernels::product_table();
-  TORCH_CHECK_VALUE(products.size() == table.size(), "expected ", table.size(), " entries, got ", products.size());
+  TORCH_CHECK_VALUE(
+      products.size() == table.size(), "expected ", table.size(), " entries, got ", products.size());
   for (size_t i = 0; i < table.size(); ++i) {
     table[i].store(products[i] != 0 ? rskernels::Product::onednn : rskernels::Product::aten);
   }
 }
 
-}  // namespace
+} // namespace
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "C++ kernels of rskernels";
@@ -64,6 +65,7 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "set_cpu_capability", [](const std::string& level) { rskernels::set_isa_level(level); },
       "Use at most this instruction set; raises where the processor lacks it.");
-  module.def("set_product_table", &set_product_table, "Which library's product serves linear, per shape class.");
+  module.def(
+      "set_product_table", &set_product_table, "Which library's product serves linear, per shape class.");
   module.def("shape_class", &rskernels::shape_class, "Shape class of a linear layer with (rows, in, out).");
 }

@@ -20,7 +20,9 @@ from torch import Tensor
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda", "xformers", "sdpa")
 
-_CPP = {"cpu": {torch.float32: ("cpp",), torch.bfloat16: ("cpp",)}}
+_CPP: dict[str, dict[torch.dtype, tuple[str, ...]]] = {
+    "cpu": {torch.float32: ("cpp",), torch.bfloat16: ("cpp",)}
+}
 
 # operator -> device -> dtype -> accelerated backends, best first. Whatever is not listed (float64, fp16
 # on the CPU, mixed dtypes, other devices) is served by the reference.
@@ -64,7 +66,7 @@ _extension_problem = _load_extension()
 if _extension_problem:
     UNAVAILABLE["cpp"] = f"the extension rskernels._C {_extension_problem}"
     warnings.warn(
-        f"rskernels: the extension rskernels._C {_extension_problem}; the slower plain-PyTorch reference serves",
+        f"rskernels: {UNAVAILABLE['cpp']}; the slower plain-PyTorch reference serves",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -121,9 +123,9 @@ def choose(op: str, *tensors: Tensor | None, without: Mapping[str, str] | None =
             if name not in UNAVAILABLE and (without is None or name not in without):
                 return name
         return "reference"
-    if _requested in candidates and _requested not in UNAVAILABLE:
-        if without is None or _requested not in without:
-            return _requested
+    ruled_out = _requested in UNAVAILABLE or (without is not None and _requested in without)
+    if _requested in candidates and not ruled_out:
+        return _requested
     raise ValueError(_refusal(op, device, dtype, without))
 
 
@@ -140,9 +142,7 @@ def _common(tensors: tuple[Tensor | None, ...]) -> tuple[str, torch.dtype | None
     return device, dtype
 
 
-def _refusal(
-    op: str, device: str, dtype: torch.dtype | None, without: Mapping[str, str] | None
-) -> str:
+def _refusal(op: str, device: str, dtype: torch.dtype | None, without: Mapping[str, str] | None) -> str:
     if without is not None and _requested in without:
         why = without[_requested]
     elif _requested in UNAVAILABLE:

@@ -1,4 +1,4 @@
-"""`rskernels.explain()`: what is built on this machine, what serves each operator, and why something is missing."""
+"""`rskernels.explain()`: what is built here, what serves each operator, and why something is missing."""
 
 import importlib.util
 import sys
@@ -26,7 +26,7 @@ def _versions() -> list[str]:
     return [
         f"rskernels {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}",
         f"GPU: {gpu}; triton {triton}",
-        f"CPU threads: {torch.get_num_threads()}; torch's instruction set: {torch.backends.cpu.get_cpu_capability()}",
+        f"CPU threads: {torch.get_num_threads()}; torch uses {torch.backends.cpu.get_cpu_capability()}",
         f"backend: {dispatch.get_backend()} (set_backend, backend(...), RSKERNELS_BACKEND)",
     ]
 

@@ -33,9 +33,7 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
 
 def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Give operator `name` its autograd formula (see torch.library.register_autograd)."""
-    torch.library.register_autograd(
-        f"rskernels::{name}", backward, setup_context=setup_context, lib=LIBRARY
-    )
+    torch.library.register_autograd(f"rskernels::{name}", backward, setup_context=setup_context, lib=LIBRARY)
 
 
 def once_differentiable(name: str) -> None:

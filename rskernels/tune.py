@@ -1,4 +1,4 @@
-"""`python -m rskernels tune`: measure which product is faster for each shape class of `linear`, and store it."""
+"""`python -m rskernels tune`: measure which product serves each shape class of `linear` best."""
 
 import json
 import time
@@ -93,7 +93,12 @@ def _call(which: str, dtype: torch.dtype, rows: int, inputs: int, outputs: int) 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    x, weight, bias, grad = random(rows, inputs), random(outputs, inputs), random(outputs), random(rows, outputs)
+    x, weight, bias, grad = (
+        random(rows, inputs),
+        random(outputs, inputs),
+        random(outputs),
+        random(rows, outputs),
+    )
     if which == "forward":
         return lambda: torch.ops.rskernels.linear_forward(x, weight, bias, "none", False)
     mask = [which == "grad_input", which == "grad_weight", False]

@@ -1,9 +1,9 @@
 """Which library's matrix product serves `linear`, as stored data.
 
 PyTorch ships two: its own operators ("aten": MKL for float32, oneDNN for bfloat16) and oneDNN's product
-("onednn"). Which is faster depends on the machine and on the shape class, and the two differ in the last bits:
-so the choice is a table, read once when rskernels is imported, part of a training run's record (`record`,
-`restore`), and never a timing taken inside a run.
+("onednn"). Which is faster depends on the machine and on the shape class, and the two differ in the last
+bits: so the choice is a table, read once when rskernels is imported, part of a training run's record
+(`record`, `restore`), and never a timing taken inside a run.
 
 Without a measurement a rule holds (`default_table`). `python -m rskernels tune` measures the
 shape classes on this machine and stores its table under ~/.cache/rskernels; RSKERNELS_TUNING=FILE reads and

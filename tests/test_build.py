@@ -30,7 +30,9 @@ def tree(tmp_path):
 def run(tree, *args, **environment):
     env = {k: v for k, v in os.environ.items() if not k.startswith("RSKERNELS_") and k != "CXX"}
     env |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([sys.executable, *args], cwd=tree, env=env, capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        [sys.executable, *args], cwd=tree, env=env, capture_output=True, text=True, timeout=280
+    )
 
 
 def complaints(result):

@@ -11,8 +11,8 @@
 #include <tuple>
 
 #include <ATen/Context.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -42,8 +42,7 @@ struct PlainDispatch {
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 
-using Pointwise = Tensor(
-    const Tensor&, const Tensor&, const OptionalTensor&, std::string_view,
+using Pointwise = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view,
     c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
 
 // Absent from builds of torch without oneDNN.
@@ -62,7 +61,8 @@ Tensor onednn_product(
   // oneDNN reads the bias as dense, whatever its strides.
   const OptionalTensor dense = bias.has_value() ? OptionalTensor(bias->contiguous()) : std::nullopt;
   const std::string_view algorithm = activation == "gelu_tanh" ? "tanh" : gelu ? "none" : "";
-  return pointwise()->call(x, weight, dense, gelu ? "gelu" : activation, c10::List<std::optional<at::Scalar>>(), algorithm);
+  return pointwise()->call(
+      x, weight, dense, gelu ? "gelu" : activation, c10::List<std::optional<at::Scalar>>(), algorithm);
 }
 
 // Without AVX-512, or with ONEDNN_MAX_CPU_ISA set, this oneDNN may have no bf16 product.
@@ -110,9 +110,8 @@ Tensor through_activation(const Tensor& grad, const Tensor& saved, std::string_v
   return activation == "relu" ? at::threshold_backward(grad, saved, 0) : grad;
 }
 
-std::tuple<Tensor, Tensor> linear_forward(
-    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, std::string_view activation,
-    bool keep_pre) {
+std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+    std::string_view activation, bool keep_pre) {
   const PlainDispatch guard;
   const int64_t in = weight.size(1), out = weight.size(0), rows = in > 0 ? x.numel() / in : 0;
   auto sizes = x.sizes().vec();
@@ -150,15 +149,13 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
   // Only the weight's sizes are read. A 1x1 kernel has no dilation to speak of; saying 2 makes PyTorch take
   // oneDNN with one thread, too, where it would otherwise fall back to MKL.
   const Tensor weight = at::empty({1}, x.options()).expand({out, in, 1, 1});
-  const auto gradients = at::convolution_backward(
-      as_image(grad), as_image(x), weight, at::OptionalIntArrayRef(), {1, 1}, {0, 0}, {2, 2}, false, {0, 0},
-      1, {false, true, false});
+  const auto gradients = at::convolution_backward(as_image(grad), as_image(x), weight,
+      at::OptionalIntArrayRef(), {1, 1}, {0, 0}, {2, 2}, false, {0, 0}, 1, {false, true, false});
   return std::get<1>(gradients).view({out, in});
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(
-    const Tensor& grad_output, const Tensor& x, const Tensor& weight, const Tensor& saved,
-    std::string_view activation, std::array<bool, 3> mask) {
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const Tensor& x,
+    const Tensor& weight, const Tensor& saved, std::string_view activation, std::array<bool, 3> mask) {
   const PlainDispatch guard;
   const int64_t in = weight.size(1), out = weight.size(0);
   auto sizes = grad_output.sizes().vec();

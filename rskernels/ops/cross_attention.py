@@ -61,7 +61,9 @@ def cross_attention_reference(
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
-            raise ValueError(f"cross_attention: {name} has shape {tuple(tensor.shape)}; expected 4 dimensions")
+            raise ValueError(
+                f"cross_attention: {name} has shape {tuple(tensor.shape)}; expected 4 dimensions"
+            )
         if not tensor.is_floating_point():
             raise TypeError(f"cross_attention: {name} is {tensor.dtype}; expected a floating-point tensor")
         if tensor.device != q.device:

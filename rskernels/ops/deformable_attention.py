@@ -100,6 +100,8 @@ def _check(
         ("attention_weights", attention_weights),
     ):
         if not tensor.is_floating_point():
-            raise TypeError(f"deformable_attention: {name} is {tensor.dtype}; expected a floating-point tensor")
+            raise TypeError(
+                f"deformable_attention: {name} is {tensor.dtype}; expected a floating-point tensor"
+            )
         if tensor.device != value.device:
             raise ValueError(f"deformable_attention: {name} is on {tensor.device}, value on {value.device}")

@@ -110,7 +110,8 @@ def _check(
             )
         if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
             raise ValueError(
-                f"dilated_aspp: weights[{i}] has shape {tuple(weight.shape)}; expected (O, {x.shape[1]}, 3, 3)"
+                f"dilated_aspp: weights[{i}] has shape {tuple(weight.shape)}; "
+                f"expected (O, {x.shape[1]}, 3, 3)"
             )
         if bias is not None and tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(
@@ -123,9 +124,13 @@ def _check(
     if scale_shift is not None:
         for name, tensor in zip(("scale", "shift"), scale_shift, strict=True):
             if tuple(tensor.shape) != (channels,):
-                raise ValueError(f"dilated_aspp: {name} has shape {tuple(tensor.shape)}; expected ({channels},)")
+                raise ValueError(
+                    f"dilated_aspp: {name} has shape {tuple(tensor.shape)}; expected ({channels},)"
+                )
             if tensor.requires_grad:
-                raise ValueError(f"dilated_aspp: {name} requires grad; a folded norm is for inference, detach it")
+                raise ValueError(
+                    f"dilated_aspp: {name} requires grad; a folded norm is for inference, detach it"
+                )
             named[name] = tensor
     if projection is not None:
         weight, bias = projection

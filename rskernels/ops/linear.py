@@ -132,7 +132,8 @@ def _backward_fake(
 
 # `saved` is the pre-activation for gelu, the output for relu, empty without an activation.
 _linear_forward = define(
-    "linear_forward(Tensor x, Tensor weight, Tensor? bias, str activation, bool keep_pre) -> (Tensor, Tensor)",
+    "linear_forward(Tensor x, Tensor weight, Tensor? bias, str activation, bool keep_pre)"
+    " -> (Tensor, Tensor)",
     reference=_forward_reference,
     fake=_forward_fake,
 )

@@ -3,6 +3,7 @@
 Shapes: N rows (all leading dimensions), I input and O output features, r rank, D = O / 3 for a fused qkv.
 """
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -170,23 +171,34 @@ def _backward_products(
     scale: float,
     mask: list[bool],
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """dx = dy W + g A, dA = gᵀ x, dB_i = scale·dy_iᵀ (x A_iᵀ), where g = scale·[dy_i B_i]."""
-    linear_backward = torch.ops.rskernels.linear_backward
+    """dx = dy W + g A, dA = gᵀ x, dB = scale·dyᵀ (x Aᵀ), where g = scale·dy B.
+
+    The orders of the thin products are measured: dy B as one product with all B matrices in one (O, sum of
+    ranks) matrix, zero elsewhere, because the gradient is then read as it lies in memory; dBᵀ, not dB.
+    """
+    linear_forward, linear_backward = torch.ops.rskernels.linear_forward, torch.ops.rskernels.linear_backward
     empty = grad.new_empty(0)
-    grad = grad.contiguous()
-    grad_rows, xa_rows = grad.reshape(-1, grad.shape[-1]), xa.reshape(-1, xa.shape[-1])
-    slices = [grad_rows[:, c : c + b_i.shape[0]] for b_i, c in zip(b, columns, strict=True)]
     dx, da, db = empty, empty.clone(), [grad.new_empty(0) for _ in b]
+    grad = grad.contiguous()
+    ends = list(accumulate(b_i.shape[1] for b_i in b))
+    places = [
+        (slice(column, column + b_i.shape[0]), slice(end - b_i.shape[1], end))
+        for b_i, column, end in zip(b, columns, ends, strict=True)
+    ]
+    wide_b = grad.new_zeros(weight.shape[0], a.shape[0])
+    for b_i, place in zip(b, places, strict=True):
+        wide_b[place] = b_i
     if mask[0] or mask[1]:
-        g = torch.cat([part @ b_i for part, b_i in zip(slices, b, strict=True)], dim=1).mul_(scale)
+        g = linear_forward(grad, wide_b.T.contiguous(), None, "none", False)[0].mul_(scale)
         if mask[0]:
             dx = linear_backward(grad, x, weight, empty, "none", [True, False, False])[0]
-            dx.view(-1, dx.shape[-1]).addmm_(g, a)
+            dx.view(-1, dx.shape[-1]).addmm_(g.view(-1, g.shape[-1]), a)
         if mask[1]:
-            da = g.T @ x.reshape(-1, x.shape[-1])
+            da = linear_backward(g, x, a, empty, "none", [False, True, False])[1]
     if mask[2]:
-        parts = xa_rows.split([b_i.shape[1] for b_i in b], dim=1)
-        db = [(part.T @ xa_i).mul_(scale) for part, xa_i in zip(slices, parts, strict=True)]
+        grad_rows, xa_rows = grad.view(-1, grad.shape[-1]), xa.view(-1, xa.shape[-1])
+        products = [xa_rows[:, ranks].T @ grad_rows[:, columns] for columns, ranks in places]
+        db = [product.T.mul(scale).contiguous() for product in products]
     return dx, da, db
 
 

@@ -41,8 +41,8 @@ def rel_pos_attention(
         num_heads: n; divides D.
         window_size: side of the windows. The grid is virtually padded at its bottom and right to a multiple.
         pad_qkv: (3·D,), what a padded token's q, k and v are: the bias of the qkv projection. Padded keys and
-            values take part in the softmax. None: zeros (a projection without bias). Unused where the windows
-            divide the grid.
+            values take part in the softmax. None: zeros (a projection without bias). Unused, without
+            a gradient, where the windows divide the grid.
         scale: of q·k; None: d ** -0.5.
     Returns:
         (B, H, W, D), contiguous, in the dtype of qkv.
@@ -57,6 +57,9 @@ def rel_pos_attention(
     device = qkv.device.type
     if torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(device))
+    h, w = _window(qkv, window_size)
+    if qkv.shape[1] % h == 0 and qkv.shape[2] % w == 0:
+        pad_qkv = None  # nothing is padded: no gradient, on any backend
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else float(scale)
     if choose("rel_pos_attention", qkv) == "reference":
         return rel_pos_attention_reference(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window_size, scale)

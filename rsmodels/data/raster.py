@@ -6,7 +6,6 @@ C bands, h/w pixels of a window.
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,11 +32,8 @@ Scale = float | Literal["auto"] | None
 
 @contextmanager
 def gdal() -> Iterator[None]:
-    """GDAL with a small cache and without talk of its own: what goes wrong is said once, by our errors.
-
-    A raster without georeference gives a map without; that is no reason for a warning either.
-    """
-    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MB, CPL_LOG=os.devnull), warnings.catch_warnings():
+    """GDAL with a small cache, and silent about a raster without georeference: its map has none either."""
+    with rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE_MB), warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         yield
 
@@ -118,7 +114,7 @@ class Scene:
         if not all(1 <= band <= raster.count for band in chosen):
             raise ValueError(
                 f"{self.path}: has {raster.count} band{'s' * (raster.count > 1)}, the model takes bands "
-                f"{', '.join(map(str, chosen))}; choose {count} of those it has with --bands (one may be repeated)"
+                f"{', '.join(map(str, chosen))}; choose {count} with --bands (one may be repeated)"
             )
         if any(np.issubdtype(np.dtype(raster.dtypes[band - 1]), np.complexfloating) for band in chosen):
             raise ValueError(f"{self.path}: holds complex numbers; convert them to amplitudes first")

@@ -68,7 +68,7 @@ class LabelSchema:
         codings = [bool(self.raw_to_train), self.colors is not None, self.threshold is not None]
         if sum(codings) != 1:
             raise ValueError("a label schema needs exactly one of raw_to_train, colors and threshold")
-        for raw, train in {**self.raw_to_train, **(self.colors or {})}.items():
+        for raw, train in (*self.raw_to_train.items(), *(self.colors or {}).items()):
             if not (0 <= train < count or train == IGNORE):
                 raise ValueError(
                     f"raw label {raw} maps to train id {train}; allowed: 0-{count - 1} or {IGNORE}"

@@ -122,32 +122,33 @@ def photometric(
     brightness: float = 0.125,
     contrast: float = 0.5,
     saturation: float = 0.5,
-    max_value: float = 255.0,
 ) -> Batch:
     """Photometric distortion of raw values, per tile: each of the three with probability 0.5.
 
-    brightness: adds up to this share of `max_value`
+    brightness: adds up to ± this share of the tile's own range, whatever the file's type
     contrast:   scales about the tile's mean by 1 ± contrast
     saturation: scales about the grey image by 1 ± saturation (three-band images only)
-    max_value:  what the sensor's full range is; results stay within [0, max_value]
-    Pixels that are empty (`IGNORE` and 0 in every band) stay empty.
+    Empty pixels (`IGNORE`, and 0 in every band) stay empty and count for neither range nor mean. Nothing is
+    clipped: the library does not know where the sensor saturates.
     """
     image, mask = _stacked(batch)
-    count = len(image)
-    draws = torch.rand(6, count, generator=generator, device=generator.device)
+    draws = torch.rand(6, len(image), generator=generator, device=generator.device)
     draws = draws.to(image.device, image.dtype)[:, :, None, None, None]
     strength = torch.where(draws[3:] < 0.5, draws[:3] * 2 - 1, torch.zeros_like(draws[:3]))
 
-    out = image + strength[0] * brightness * max_value
-    mean = out.mean(dim=(1, 2, 3), keepdim=True)
+    data = ~((mask == IGNORE)[:, None] & (image == 0).all(1, keepdim=True))
+    count = (data.sum((1, 2, 3), keepdim=True) * image.shape[1]).clamp(min=1)
+    low = image.where(data, image.new_tensor(torch.inf)).amin((1, 2, 3), keepdim=True)
+    high = image.where(data, image.new_tensor(-torch.inf)).amax((1, 2, 3), keepdim=True)
+    span = (high - low).clamp(min=0)  # a tile without data has none
+
+    out = image + strength[0] * brightness * span
+    mean = (out * data).sum((1, 2, 3), keepdim=True) / count
     out = mean + (out - mean) * (1 + strength[1] * contrast)
     if image.shape[1] == 3:
-        weights = image.new_tensor(LUMA)[:, None, None]
-        grey = (out * weights).sum(1, keepdim=True)
+        grey = (out * image.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
         out = grey + (out - grey) * (1 + strength[2] * saturation)
-    out = out.clamp(0, max_value)
-    empty = (mask == IGNORE)[:, None] & (image == 0).all(1, keepdim=True)
-    return {**batch, "image": torch.where(empty, image, out)}
+    return {**batch, "image": torch.where(data, out, image)}
 
 
 # ------------------------------------------------------------------------------------------------ helpers

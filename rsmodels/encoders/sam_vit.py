@@ -96,8 +96,8 @@ class SamViT(nn.Module):
         if images.shape[1:] != (self.in_chans, *self.image_size):
             expected = f"(B, {self.in_chans}, {self.image_size[0]}, {self.image_size[1]})"
             raise ValueError(
-                f"images of shape {tuple(images.shape)}: this model takes {expected}; resize or tile the images, "
-                "or create the model with their image_size="
+                f"images of shape {tuple(images.shape)}: this model takes {expected}; resize or tile the "
+                "images, or create the model with their image_size="
             )
         x = self.patch_embed(images) + self.pos_embed
         features = []

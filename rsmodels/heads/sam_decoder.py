@@ -41,9 +41,8 @@ class TwoWayTransformer(nn.Module):
             image_pe: (D, h, w), the position encoding of the grid.
             tokens: (B, Q, D); they are also their own position term.
         Returns:
-            the updated image embedding (B, D, h, w) and tokens (B, Q, D).
+            the updated image embedding (B, N, D) and tokens (B, Q, D).
         """
-        batch, dim, height, width = image.shape
         keys = image.flatten(2).transpose(1, 2)
         key_pe = image_pe.flatten(1).transpose(0, 1)
         queries = tokens
@@ -51,7 +50,7 @@ class TwoWayTransformer(nn.Module):
             queries, keys = layer(queries, keys, tokens, key_pe)
         attended = self.final_attn_token_to_image(queries + tokens, keys + key_pe, keys)
         queries = self.norm_final_attn(queries + attended)
-        return keys.transpose(1, 2).reshape(batch, dim, height, width), queries
+        return keys, queries
 
 
 class TwoWayBlock(nn.Module):

@@ -136,12 +136,12 @@ class RSSAM(nn.Module):
         maps, tokens_per_scale = [], []
         for decoder, feature in zip(self.decoders, reversed(pyramid), strict=True):
             image_pe = self.pe_layer(feature.shape[-2:]).to(feature.dtype)
-            feature = feature + self.no_mask_embed[:, None, None]
+            arguments = (feature + self.no_mask_embed[:, None, None], image_pe, tokens)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                feature, tokens = checkpoint(decoder, feature, image_pe, tokens, use_reentrant=False)
+                updated, tokens = checkpoint(decoder, *arguments, use_reentrant=False)
             else:
-                feature, tokens = decoder(feature, image_pe, tokens)
-            maps.append(feature)
+                updated, tokens = decoder(*arguments)
+            maps.append(updated.transpose(1, 2).unflatten(2, feature.shape[-2:]))
             tokens_per_scale.append(tokens)
 
         d_fusion = self.mff(sum(tokens_per_scale) if self.sum_tokens else tokens)

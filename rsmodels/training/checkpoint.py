@@ -17,6 +17,7 @@ from __future__ import annotations
 import shutil
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rsmodels import files
 from rsmodels.training.parallel import MOMENTS, Ranks, start_moments
-
-# Said of every run of one process, which is told so by `no_dist`.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 STATE = "state.json"
 FROZEN = "frozen"
@@ -74,16 +72,12 @@ class Checkpoints:
 
     def _write(self, target: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         temporary = target.with_name(target.name + ".tmp")
-        with self.ranks.together():
-            if self.ranks.main:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir(parents=True)
-        failure = None
         try:
-            dcp.save(tensors, checkpoint_id=temporary, no_dist=self.ranks.world == 1)
-        except CheckpointException as error:
-            failure = next(iter(error.failures.values()))[0]
-        try:
+            with self.ranks.together():
+                if self.ranks.main:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    temporary.mkdir(parents=True)
+            failure = _collective(dcp.save, tensors, temporary)
             with self.ranks.together():
                 if failure is not None:
                     raise failure
@@ -118,11 +112,9 @@ class Checkpoints:
         problem = next(filter(None, self.ranks.gather(problem)), "")
         if problem:
             raise DamagedCheckpointError(problem)
-        try:
-            dcp.load(tensors, checkpoint_id=folder, no_dist=self.ranks.world == 1)
-        except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise DamagedCheckpointError(f"{folder} cannot be read ({cause})") from error
+        failure = _collective(dcp.load, tensors, folder)
+        if failure is not None:
+            raise DamagedCheckpointError(f"{folder} cannot be read ({failure})") from failure
 
 
 def newest_first(folder: Path) -> list[Path]:
@@ -178,6 +170,18 @@ def _trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
             for moment in MOMENTS:
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     return tensors
+
+
+def _collective(work: Callable[..., Any], tensors: dict[str, Tensor], folder: Path) -> BaseException | None:
+    """Run dcp.save or dcp.load on all ranks; what went wrong on any of them comes back on all of them."""
+    with warnings.catch_warnings():
+        # Said of every run of one process.
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        try:
+            work(tensors, checkpoint_id=folder)
+        except CheckpointException as error:
+            return next(iter(error.failures.values()))[0]
+    return None
 
 
 def _checksum(file: Path) -> int:

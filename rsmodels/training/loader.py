@@ -24,7 +24,7 @@ from rsmodels.data.transforms import (
     random_flip,
 )
 from rsmodels.training.config import LoaderConfig
-from rsmodels.training.parallel import ignore_signals
+from rsmodels.training.parallel import detach_reader
 from rsmodels.training.sampler import Purpose, Sample, derive_seed
 
 
@@ -82,7 +82,7 @@ def make_loader(tiles: Tiles, sampler: Sampler, *, workers: int, device: torch.d
         collate_fn=_as_it_is,
         num_workers=workers,
         persistent_workers=workers > 0,
-        worker_init_fn=ignore_signals if workers else None,
+        worker_init_fn=detach_reader if workers else None,
         pin_memory=device.type == "cuda",
     )
 

@@ -20,10 +20,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-# FSDP warns of every block whose output is a view: changing it in place would break backward. No model here
-# changes the output of a block in place.
-warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names for its two running averages
 
 
@@ -161,6 +157,8 @@ def parallelize(model: Any, ranks: Ranks, *, mode: str, shard_size: int | None =
         )
     # Weights travel in fp32 and autocast rounds them where it computes, as in one process and under DDP: no
     # MixedPrecisionPolicy, so that the way of sharing does not change the numbers.
+    # FSDP warns of blocks that return a view, as changing it in place would break backward: nobody does here.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for block in model.blocks_to_shard():
         fully_shard(block, mesh=mesh)
     # Resharded after forward like the blocks, so that parameters are always found in their sharded form.
@@ -243,7 +241,11 @@ class Interrupt:
         self.requested = True
 
 
-def ignore_signals(worker: int = 0) -> None:
-    """In a reader process: leave Ctrl-C and SIGTERM to the rank it belongs to, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def detach_reader(worker: int) -> None:
+    """Take a reader process out of its rank's group: Ctrl-C, and torchrun's SIGTERM, are for the rank alone.
+
+    It still ends when its rank ends it, and by itself when the rank is gone.
+    """
+    os.setpgrp()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_DFL)

@@ -69,6 +69,8 @@ def run_python():
     def run(code, **environment):
         env = {k: v for k, v in os.environ.items() if not k.startswith("RSKERNELS_")}
         env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+        )
 
     return run

@@ -112,7 +112,11 @@ def test_compiles_as_one_graph():
     ("error", "match", "changes"),
     [
         (ValueError, r"q has shape \(3, 5, 8\); expected 4 dimensions", {"q": torch.zeros(3, 5, 8)}),
-        (ValueError, r"k has shape \(3, 3, 7, 8\); expected \(2 or 1, 3, 7, 8\)", {"k": torch.zeros(3, 3, 7, 8)}),
+        (
+            ValueError,
+            r"k has shape \(3, 3, 7, 8\); expected \(2 or 1, 3, 7, 8\)",
+            {"k": torch.zeros(3, 3, 7, 8)},
+        ),
         (ValueError, r"v has shape \(2, 3, 6, 8\)", {"v": torch.zeros(2, 3, 6, 8)}),
         (ValueError, "at least one key", {"k": torch.zeros(2, 3, 0, 8), "v": torch.zeros(2, 3, 0, 8)}),
         (ValueError, r"mask has shape \(2, 7\); expected \(2, 5, 7\)", {"mask": torch.ones(2, 7) > 0}),

@@ -98,9 +98,21 @@ def test_compiles_as_one_graph():
         (TypeError, "spatial_shapes is a tensor", {"spatial_shapes": torch.tensor(LEVELS)}),
         (ValueError, r"value has shape \(27, 2, 3\)", {"value": torch.zeros(27, 2, 3)}),
         (ValueError, "value has 27 pixels; expected 26", {"spatial_shapes": ((4, 5), (2, 3))}),
-        (ValueError, r"sampling_locations has shape \(2, 4, 2, 2, 2, 2\)", {"sampling_locations": torch.zeros(2, 4, 2, 2, 2, 2)}),
-        (ValueError, r"attention_weights has shape \(2, 4, 2, 3, 1\)", {"attention_weights": torch.zeros(2, 4, 2, 3, 1)}),
-        (TypeError, "attention_weights is torch.int64", {"attention_weights": torch.zeros(2, 4, 2, 3, 2).long()}),
+        (
+            ValueError,
+            r"sampling_locations has shape \(2, 4, 2, 2, 2, 2\)",
+            {"sampling_locations": torch.zeros(2, 4, 2, 2, 2, 2)},
+        ),
+        (
+            ValueError,
+            r"attention_weights has shape \(2, 4, 2, 3, 1\)",
+            {"attention_weights": torch.zeros(2, 4, 2, 3, 1)},
+        ),
+        (
+            TypeError,
+            "attention_weights is torch.int64",
+            {"attention_weights": torch.zeros(2, 4, 2, 3, 2).long()},
+        ),
     ],
 )
 def test_bad_arguments(error, match, changes):

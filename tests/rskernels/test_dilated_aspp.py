@@ -84,9 +84,16 @@ def test_gradcheck():
     args = arguments(projection=True)
 
     def call(x, weight, bias, projection):
-        return rskernels.dilated_aspp([x], [weight], [bias], dilations=[2], activation="gelu", projection=(projection, None))
+        return rskernels.dilated_aspp(
+            [x], [weight], [bias], dilations=[2], activation="gelu", projection=(projection, None)
+        )
 
-    leaves = (args["features"][0], args["weights"][0], args["biases"][0], torch.randn(2, 3).double().requires_grad_())
+    leaves = (
+        args["features"][0],
+        args["weights"][0],
+        args["biases"][0],
+        torch.randn(2, 3).double().requires_grad_(),
+    )
     assert torch.autograd.gradcheck(call, leaves)
 
 
@@ -104,22 +111,44 @@ def test_autocast_and_mixed_dtypes():
 def test_compiles_as_one_graph():
     args = arguments(torch.float32, projection=True, scale_shift=True)
     compiled = torch.compile(rskernels.dilated_aspp, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(**args, activation="relu"), rskernels.dilated_aspp(**args, activation="relu"))
+    torch.testing.assert_close(
+        compiled(**args, activation="relu"), rskernels.dilated_aspp(**args, activation="relu")
+    )
 
 
 @pytest.mark.parametrize(
     ("error", "match", "changes"),
     [
         (ValueError, "3 features, 3 weights, 2 biases, 3 dilations", {"biases": [None, None]}),
-        (ValueError, r"features\[1\] has shape \(2, 4, 6, 4\)", {"features": [torch.zeros(2, 4, 6, w) for w in (5, 4, 5)]}),
-        (ValueError, r"weights\[0\] has shape \(3, 4, 1, 1\); expected \(O, 4, 3, 3\)", {"weights": [torch.zeros(3, 4, 1, 1)] * 3}),
+        (
+            ValueError,
+            r"features\[1\] has shape \(2, 4, 6, 4\)",
+            {"features": [torch.zeros(2, 4, 6, w) for w in (5, 4, 5)]},
+        ),
+        (
+            ValueError,
+            r"weights\[0\] has shape \(3, 4, 1, 1\); expected \(O, 4, 3, 3\)",
+            {"weights": [torch.zeros(3, 4, 1, 1)] * 3},
+        ),
         (ValueError, r"biases\[1\] has shape \(3,\); expected \(1,\)", {"biases": [torch.zeros(3)] * 3}),
         (ValueError, r"dilations\[2\] is 0", {"dilations": (1, 1, 0)}),
         (ValueError, "activation is 'silu'", {"activation": "silu"}),
-        (ValueError, r"scale has shape \(5,\); expected \(6,\)", {"scale_shift": (torch.zeros(5), torch.zeros(6))}),
-        (ValueError, "shift requires grad", {"scale_shift": (torch.zeros(6), torch.zeros(6, requires_grad=True))}),
+        (
+            ValueError,
+            r"scale has shape \(5,\); expected \(6,\)",
+            {"scale_shift": (torch.zeros(5), torch.zeros(6))},
+        ),
+        (
+            ValueError,
+            "shift requires grad",
+            {"scale_shift": (torch.zeros(6), torch.zeros(6, requires_grad=True))},
+        ),
         (ValueError, r"projection weight has shape \(7, 5\)", {"projection": (torch.zeros(7, 5), None)}),
-        (ValueError, r"projection bias has shape \(6,\)", {"projection": (torch.zeros(7, 6), torch.zeros(6))}),
+        (
+            ValueError,
+            r"projection bias has shape \(6,\)",
+            {"projection": (torch.zeros(7, 6), torch.zeros(6))},
+        ),
         (TypeError, "projection weight is torch.int64", {"projection": (torch.zeros(7, 6).long(), None)}),
     ],
 )

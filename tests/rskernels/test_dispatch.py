@@ -1,4 +1,4 @@
-"""The dispatch table: what serves what, explicit choices, compilation, fresh processes without the extension."""
+"""The dispatch table: what serves what, explicit choices, compilation, life without the extension."""
 
 import itertools
 import threading
@@ -19,10 +19,14 @@ def smallest_call(op, dtype):
         return torch.zeros(*shape, dtype=dtype)
 
     calls = {
-        "rel_pos_attention": lambda: rskernels.rel_pos_attention(z(1, 2, 2, 48), z(3, 16), z(3, 16), num_heads=1),
+        "rel_pos_attention": lambda: rskernels.rel_pos_attention(
+            z(1, 2, 2, 48), z(3, 16), z(3, 16), num_heads=1
+        ),
         "linear": lambda: rskernels.linear(z(2, 3), z(4, 3), z(4)),
         "lora_linear": lambda: rskernels.lora_linear(z(2, 3), z(4, 3), z(4), z(1, 3), z(4, 1), scale=1.0),
-        "lora_qkv": lambda: rskernels.lora_qkv(z(2, 3), z(6, 3), z(6), z(1, 3), z(2, 1), z(1, 3), z(2, 1), scale=1.0),
+        "lora_qkv": lambda: rskernels.lora_qkv(
+            z(2, 3), z(6, 3), z(6), z(1, 3), z(2, 1), z(1, 3), z(2, 1), scale=1.0
+        ),
         "cross_attention": lambda: rskernels.cross_attention(z(1, 1, 2, 4), z(1, 1, 3, 4), z(1, 1, 3, 4)),
         "distillation_loss": lambda: rskernels.distillation_loss(z(1, 2, 2, 2), z(1, 2, 2, 2)),
         "dilated_aspp": lambda: rskernels.dilated_aspp(z(1, 1, 4, 4), [z(1, 1, 3, 3)], [None], dilations=[1]),
@@ -35,7 +39,13 @@ def smallest_call(op, dtype):
 
 def test_the_table_has_every_public_operator():
     assert set(dispatch.TABLE) == PUBLIC
-    listed = {n for rows in dispatch.TABLE.values() for dtypes in rows.values() for names in dtypes.values() for n in names}
+    listed = {
+        n
+        for rows in dispatch.TABLE.values()
+        for dtypes in rows.values()
+        for names in dtypes.values()
+        for n in names
+    }
     assert listed <= set(dispatch.BACKENDS) - {"auto", "reference"}
 
 
@@ -63,7 +73,9 @@ def test_set_backend_and_context_manager():
         assert rskernels.get_backend() == "auto"
         raise RuntimeError("on purpose")
     assert rskernels.get_backend() == "reference"
-    with pytest.raises(ValueError, match=r"set_backend: unknown backend 'fast'; expected one of auto, reference"):
+    with pytest.raises(
+        ValueError, match=r"set_backend: unknown backend 'fast'; expected one of auto, reference"
+    ):
         rskernels.set_backend("fast")
     assert rskernels.get_backend() == "reference"
 
@@ -78,7 +90,9 @@ def test_choose(extension):
     with rskernels.backend("cpp"):
         with pytest.raises(ValueError, match="cannot serve linear for float32 on cpu: too small"):
             dispatch.choose("linear", x, without={"cpp": "too small"})
-        with pytest.raises(ValueError, match="cannot serve linear for mixed dtypes on cpu: it serves linear for"):
+        with pytest.raises(
+            ValueError, match="cannot serve linear for mixed dtypes on cpu: it serves linear for"
+        ):
             dispatch.choose("linear", x, x.bfloat16())
 
 

@@ -84,7 +84,9 @@ def test_rule_without_a_measurement(file):
     assert products["bfloat16/grad_weight/wide/large"] == "aten"
 
 
-def test_measuring_stores_a_table_that_the_next_import_reads(extension, file, monkeypatch, run_python, capsys):
+def test_measuring_stores_a_table_that_the_next_import_reads(
+    extension, file, monkeypatch, run_python, capsys
+):
     monkeypatch.setattr(tune, "SECONDS", 0.0)
     monkeypatch.setattr(tune, "SAMPLES", {name: ((4, 8, 6),) for name in tuning.SHAPES})
     monkeypatch.setattr("sys.argv", ["rskernels", "tune"])

@@ -30,6 +30,12 @@ def test_list_models() -> None:
     assert rsmodels.list_models("nothing*") == []
 
 
+def test_the_package_offers_predict_and_nothing_made_up() -> None:
+    assert callable(rsmodels.predict)
+    with pytest.raises(AttributeError, match="no attribute 'predicts'"):
+        _ = rsmodels.predicts
+
+
 def test_unknown_names_get_near_ones() -> None:
     with pytest.raises(ValueError, match="no such model") as error:
         rsmodels.create_model("rs_sam_vitb", num_classes=2)

@@ -106,7 +106,7 @@ def test_flips_are_flips():
     )
 
 
-def test_photometry_leaves_masks_and_empty_pixels_alone_and_stays_in_range():
+def test_photometry_leaves_masks_and_empty_pixels_alone():
     batch = collate([sample(8, 8) for _ in range(32)])
     batch["image"] = batch["image"] * torch.tensor([1.0, 0.6, 0.3])[:, None, None]
     batch["mask"][:, 0, 0] = IGNORE
@@ -114,15 +114,38 @@ def test_photometry_leaves_masks_and_empty_pixels_alone_and_stays_in_range():
     out = photometric(batch, generator())
     assert out["mask"] is batch["mask"]
     assert (out["image"][:, :, 0, 0] == 0).all()
-    assert out["image"].min() >= 0
-    assert out["image"].max() <= 255
     changed = ((out["image"] - batch["image"]).abs() > 0.01).flatten(1).any(1).float().mean()
     assert 0.6 < changed < 1  # one in eight tiles draws none of the three
+    batch["mask"][0], batch["image"][0] = IGNORE, 0
+    assert (photometric(batch, generator())["image"][0] == 0).all()
 
 
-def test_photometry_takes_any_number_of_bands():
+@pytest.mark.parametrize("scale", [1.0, 40.0, -1.0])
+def test_photometry_does_the_same_to_any_range_of_values(scale):
     batch = collate([sample(8, 8, channels=5) for _ in range(8)])
-    assert photometric(batch, generator(), max_value=4000)["image"].shape == (8, 5, 8, 8)
+    scaled = {**batch, "image": batch["image"] * scale}
+    # A mirrored range gets the mirrored brightness, so only its size can be compared.
+    options = {"brightness": 0.125 if scale > 0 else 0.0}
+    first, second = photometric(batch, generator(), **options), photometric(scaled, generator(), **options)
+    assert torch.allclose(first["image"] * scale, second["image"], rtol=1e-4, atol=1e-3 * abs(scale))
+    assert not torch.allclose(first["image"], batch["image"], atol=1.0)
+
+
+def test_each_part_of_photometry_does_what_its_name_says():
+    batch = collate([sample(8, 8) for _ in range(32)])
+    batch["image"] = batch["image"] * torch.tensor([1.0, 0.6, 0.3])[:, None, None]
+    before = batch["image"]
+    off = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0}
+    assert torch.allclose(photometric(batch, generator(), **off)["image"], before, atol=1e-3)
+    shift = photometric(batch, generator(), **{**off, "brightness": 0.1})["image"] - before
+    assert torch.allclose(shift.amax((1, 2, 3)), shift.amin((1, 2, 3)), atol=1e-3)
+    assert 0 < shift.abs().max() <= 0.1 * (before.max() - before.min()) + 1e-3
+    means = photometric(batch, generator(), **{**off, "contrast": 0.5})["image"].mean((1, 2, 3))
+    assert torch.allclose(means, before.mean((1, 2, 3)), atol=1e-2)
+    luma = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    colourful = photometric(batch, generator(), **{**off, "saturation": 0.5})["image"]
+    assert torch.allclose((colourful * luma).sum(1), (before * luma).sum(1), atol=1e-2)
+    assert (colourful - before).abs().max() > 1
 
 
 def test_fit_pads_small_tiles_and_takes_the_centre_of_large_ones():

@@ -68,6 +68,40 @@ def test_equals_segment_anything(image_size: int, window: int, backend: str) -> 
         assert relative_error(ours(images), theirs(images)) < 1e-5
 
 
+@pytest.mark.parametrize("backend", backends())
+def test_gradients_equal_segment_anything(backend: str) -> None:
+    """Of every parameter, the qkv bias included: part of its gradient comes from the padded tokens."""
+    sizes = dict(embed_dim=32, depth=2, num_heads=2)
+    theirs = draw(official(64, window_size=3, out_chans=16, global_attn_indexes=(1,), **sizes))
+    ours = SamViT(32, 2, 2, (1,), image_size=64, window_size=3, neck_dim=16)
+    ours.load_state_dict(theirs.state_dict())
+    images, upstream = torch.randn(2, 3, 64, 64), torch.randn(2, 16, 4, 4)
+    (theirs(images) * upstream).sum().backward()
+    with rskernels.backend(backend):
+        (ours(images) * upstream).sum().backward()
+    for name, parameter in theirs.named_parameters():
+        assert relative_error(ours.get_parameter(name).grad, parameter.grad) < 1e-4, name
+
+
+@pytest.mark.parametrize("backend", backends())
+def test_lora_adds_nothing_to_padded_tokens(backend: str) -> None:
+    """The official encoder with the update folded into its weights pads after norm1, with zeros: so do we."""
+    adapted = small(image_size=64, lora_rank=4)
+    train_a_little(adapted)
+    adapted.merge_lora()
+    state = {k: v for k, v in adapted.state_dict().items() if ".lora_" not in k}
+    for i, block in enumerate(adapted.blocks):
+        state[f"blocks.{i}.attn.qkv.weight"] = block.attn.qkv.merged_weight
+    adapted.unmerge_lora()
+    theirs = official(
+        64, window_size=3, out_chans=16, embed_dim=32, depth=3, num_heads=2, global_attn_indexes=(1,)
+    )
+    theirs.load_state_dict(state)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(), rskernels.backend(backend):
+        assert relative_error(adapted(images), theirs(images)) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("image_size", [512, 1024])
 def test_vit_b_equals_segment_anything(image_size: int) -> None:

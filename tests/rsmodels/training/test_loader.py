@@ -90,8 +90,11 @@ def test_statistics_are_those_of_the_pixels_with_data() -> None:
     samples[1]["image"][:, :3, :3] = 0
     dataset.__class__ = type("Altered", (SyntheticEarth,), {"__getitem__": lambda self, i: samples[i]})
     mean, std = measure_statistics(dataset, Ranks(0, 1, CPU))
-    kept = torch.cat([samples[0]["image"].flatten(1)[:, (samples[0]["mask"] != IGNORE).flatten()]]
-                     + [sample["image"].flatten(1) for sample in samples[1:]], dim=1).double()
+    kept = torch.cat(
+        [samples[0]["image"].flatten(1)[:, (samples[0]["mask"] != IGNORE).flatten()]]
+        + [sample["image"].flatten(1) for sample in samples[1:]],
+        dim=1,
+    ).double()
     assert mean == pytest.approx(kept.mean(1).tolist(), rel=1e-9)
     assert std == pytest.approx(kept.std(1, correction=0).tolist(), rel=1e-9)
 

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from rsmodels.training.sampler import Purpose, ShardSampler, StepSampler, derive_seed, epoch_order
 
 
-def steps_of(length: int, *, world: int = 1, accumulate: int = 1, first: int = 0, steps: int = 9) -> list[list]:
+def steps_of(
+    length: int, *, world: int = 1, accumulate: int = 1, first: int = 0, steps: int = 9
+) -> list[list]:
     """Per step, the samples of all ranks and passes in the order of the stream."""
     ranks = [
         list(
@@ -26,7 +28,9 @@ def steps_of(length: int, *, world: int = 1, accumulate: int = 1, first: int = 0
         for rank in range(world)
     ]
     return [
-        list(chain.from_iterable(chain.from_iterable(r[s * accumulate : (s + 1) * accumulate] for r in ranks)))
+        list(
+            chain.from_iterable(chain.from_iterable(r[s * accumulate : (s + 1) * accumulate] for r in ranks))
+        )
         for s in range(steps - first)
     ]
 
@@ -63,7 +67,9 @@ ORDER = [0, 1, 6, 7, 4, 2, 5, 3]
 
 
 def test_derived_seeds_do_not_collide() -> None:
-    seeds = {derive_seed(seed, purpose, step) for seed in range(5) for purpose in Purpose for step in range(200)}
+    seeds = {
+        derive_seed(seed, purpose, step) for seed in range(5) for purpose in Purpose for step in range(200)
+    }
     assert len(seeds) == 5 * len(Purpose) * 200
     assert all(0 <= seed < 2**63 for seed in seeds)
 
