@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from rasterio.io import DatasetReader, DatasetWriter
 from rasterio.windows import Window
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from rsmodels.data.raster import BLOCK, Scale, Scene, create_on_grid, gdal
 from rsmodels.data.schema import IGNORE
 from rsmodels.data.tiling import Tile, TileGrid, blend_rows
-from rsmodels.evaluation.inference import pick_device, pick_dtype, predict_tiles
+from rsmodels.evaluation.inference import SegmentationModel, pick_device, pick_dtype, predict_tiles
 from rsmodels.evaluation.metrics import logits_to_ids
 from rsmodels.registry import load_model
 
@@ -141,7 +141,7 @@ def _outputs(scenes: Sequence[str], output: str) -> list[Path]:
 class _Mapper:
     """A loaded model and what its maps are labelled with."""
 
-    model: nn.Module
+    model: SegmentationModel
     name: str
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
@@ -156,9 +156,8 @@ class _Mapper:
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size} is not at least 1")
         chosen = pick_device(device)
-        overrides = {} if tile is None else {"image_size": tile}
+        overrides: dict[str, Any] = {} if tile is None else {"image_size": tile}
         loaded, info = load_model(model, device=chosen, **overrides)
-        loaded.eval()
         ids = range(max(loaded.num_classes, 2))
         return cls(
             model=loaded,

@@ -114,7 +114,7 @@ def _own_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def show_line(message, category, filename, lineno, file=None, line=None):  # type: ignore[no-untyped-def]
+        def show_line(message, category, filename, lineno, file=None, line=None):
             if filename.startswith(package):
                 _say(f"warning: {message}")
             else:

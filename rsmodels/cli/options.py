@@ -30,8 +30,9 @@ class UsageError(ValueError):
 class Parser(jsonargparse.ArgumentParser):
     """A parser whose help spells options with hyphens, as users should."""
 
-    def format_help(self) -> str:
-        return re.sub(r"--\w[\w.]*", lambda option: option[0].replace("_", "-"), super().format_help())
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        text = super().format_help(*args, **kwargs)
+        return re.sub(r"--\w[\w.]*", lambda option: option[0].replace("_", "-"), text)
 
 
 def parse(command: str, summary: str, run: Callable[[Any], int], arguments: Sequence[str]) -> Any:

@@ -14,18 +14,19 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from rsmodels.data import SegmentationDataset, create_dataset, dataset_options
 from rsmodels.data.tiling import Tile, TileGrid, blend_rows
-from rsmodels.evaluation.inference import pick_device, pick_dtype, predict_tiles
+from rsmodels.evaluation.inference import SegmentationModel, pick_device, pick_dtype, predict_tiles
 from rsmodels.evaluation.metrics import ConfusionMatrix, logits_to_ids
 from rsmodels.evaluation.report import Evaluation, ScoredTile, read_log, write_report
 from rsmodels.registry import Preprocessing, load_model
@@ -77,7 +78,7 @@ class _Image:
 
 
 def evaluate_model(
-    model: nn.Module,
+    model: SegmentationModel,
     dataset: SegmentationDataset,
     *,
     indices: Sequence[int] | None = None,
@@ -102,9 +103,8 @@ def evaluate_model(
         )
     device = torch.device(device)
     rank, world = _rank_and_world()
-    matrices: defaultdict[str, ConfusionMatrix] = defaultdict(
-        lambda: ConfusionMatrix(schema.classes, binary=schema.binary, device=device)
-    )
+    new_matrix = partial(ConfusionMatrix, schema.classes, binary=schema.binary, device=device)
+    matrices: defaultdict[str, ConfusionMatrix] = defaultdict(new_matrix)
     ranking = _Ranking(tiles)
     with _eval_mode(model):
         share = (range(len(dataset)) if indices is None else indices)[rank::world]
@@ -128,11 +128,11 @@ def evaluate_model(
             scores = ((tile, score) for (_, tile), score in scored)
             bands = blend_rows(image.grid, scores, channels=model.num_classes, device=device)
             ids = torch.cat([logits_to_ids(band[None])[0] for _, band in bands])
-            counts = ConfusionMatrix(schema.classes, binary=schema.binary, device=device)
+            counts = new_matrix()
             counts.update(ids, image.mask.to(device))
             matrices[image.domain] += counts
             ranking.add(image, counts.compute()["mean_iou"], ids)
-    metrics = _summarise(matrices)
+    metrics = _summarise(matrices, total=new_matrix())
     return Evaluation(metrics, *ranking.gather())
 
 
@@ -279,8 +279,8 @@ class _Ranking:
         del self.scored[self.keep : max(len(self.scored) - self.keep, self.keep)]
 
 
-def _summarise(matrices: defaultdict[str, ConfusionMatrix]) -> dict[str, Any]:
-    """Add up ranks and domains. Every rank reduces the same domains in the same order."""
+def _summarise(matrices: defaultdict[str, ConfusionMatrix], total: ConfusionMatrix) -> dict[str, Any]:
+    """Add up ranks, then domains, into `total`. Every rank reduces the same domains in the same order."""
     domains = sorted(matrices)
     _, world = _rank_and_world()
     if world > 1:
@@ -289,8 +289,6 @@ def _summarise(matrices: defaultdict[str, ConfusionMatrix]) -> dict[str, Any]:
         domains = sorted(set(itertools.chain.from_iterable(seen)))
     for domain in domains:
         matrices[domain].all_reduce()
-    total = matrices.default_factory()
-    for domain in domains:
         total += matrices[domain]
     metrics = total.compute()
     if len(domains) > 1:
@@ -299,9 +297,9 @@ def _summarise(matrices: defaultdict[str, ConfusionMatrix]) -> dict[str, Any]:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: SegmentationModel) -> Iterator[None]:
     training = model.training
-    model.eval()
+    model.train(False)
     try:
         yield
     finally:

@@ -157,4 +157,5 @@ def _panel(name: str) -> str | None:
 
 
 def _patch(colour: tuple[int, int, int], label: str) -> Patch:
-    return Patch(facecolor=tuple(channel / 255 for channel in colour), edgecolor="0.6", label=label)
+    red, green, blue = colour
+    return Patch(facecolor=(red / 255, green / 255, blue / 255), edgecolor="0.6", label=label)

@@ -7,17 +7,31 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from rsmodels.data.tiling import reflect_to
+from rsmodels.registry import Preprocessing
 
 Key = TypeVar("Key")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class SegmentationModel(Protocol):
+    """What evaluation and prediction ask of a model; every model of the registry has it."""
+
+    num_classes: int
+    image_size: tuple[int, int]
+    preprocessing: Preprocessing
+    training: bool
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+    def probabilities(self, logits: Tensor) -> Tensor: ...
+    def train(self, mode: bool = True) -> Any: ...
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -43,7 +57,7 @@ def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
-def probabilities(model: nn.Module, images: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+def probabilities(model: SegmentationModel, images: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Class probabilities (B, K, H, W) float32 of raw images (B, C, H, W) on the model's device."""
     normalised = model.preprocessing.normalize(images)
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
@@ -52,7 +66,7 @@ def probabilities(model: nn.Module, images: Tensor, *, dtype: torch.dtype = torc
 
 
 def predict_tiles(
-    model: nn.Module,
+    model: SegmentationModel,
     tiles: Iterable[tuple[Key, Tensor | None]],
     *,
     batch_size: int,

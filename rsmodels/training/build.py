@@ -34,9 +34,9 @@ def run_folder(config: TrainConfig) -> Path:
     newest = next(iter(newest_first(folder / "checkpoints")), None)
     # A run that ended before its first checkpoint left nothing to lose.
     if config.resume is None and (newest is not None or (folder / "best").exists()):
+        found = newest.name if newest else "best"
         raise ValueError(
-            f"--run {folder}: already holds a run (its newest checkpoint: {newest.name if newest else 'none'}); "
-            "go on with --resume auto, or choose another --run"
+            f"--run {folder}: already holds a run (found {found}); go on with --resume auto, or choose another --run"
         )
     return folder
 

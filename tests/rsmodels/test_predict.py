@@ -160,7 +160,7 @@ def test_the_map_is_a_tiled_palette_geotiff(tmp_path: Path, use: Callable) -> No
     [
         NORTH_UP,
         Affine(2.0, 0, 500_000, 0, 2.0, 5_000_000),
-        Affine.translation(100, 200) * Affine.rotation(30) * Affine.scale(20, -10),
+        Affine(17.320508, 5.0, 100, 10.0, -8.660254, 200),
         Affine(1.5, 0.25, 7e5, -0.5, -1.5, 4e6),
     ],
     ids=["north-up", "south-up", "rotated", "sheared"],

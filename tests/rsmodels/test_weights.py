@@ -209,7 +209,7 @@ def test_not_a_sam_checkpoint(tmp_path: Path) -> None:
 def test_unreadable_files(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     if name == "code.pth":
-        torch.save({"weight": Path("/tmp")}, path)  # an object: would need to run code
+        torch.save({"weight": Path("somewhere")}, path)  # an object: would need to run code
     elif name == "list.pth":
         torch.save([1, 2], path)
     elif name == "empty.pth":

@@ -170,7 +170,9 @@ def test_validity_is_gdals_dataset_mask() -> None:
 
 def test_an_interrupted_file_never_appears(write: Write, pixels: np.ndarray, tmp_path: Path) -> None:
     with (
-        gdal(), rasterio.open(write(pixels)) as grid, pytest.raises(KeyboardInterrupt),
+        gdal(),
+        rasterio.open(write(pixels)) as grid,
+        pytest.raises(KeyboardInterrupt),
         create_on_grid(tmp_path / "out.tif", grid, count=1, dtype="uint8", nodata=255),
     ):
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Tile geometry and blending: full cover, weights that add up to one, no seams, one row of tiles in memory."""
+"""Tile geometry and blending: full cover, weights that add up to one, no seams, bounded memory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ def test_a_tile_counts_less_towards_its_border() -> None:
 
 @pytest.mark.parametrize(
     ("length", "tile", "overlap", "message"),
-    [(0, 8, 0.25, "0 pixels"), (8, 0, 0.25, "by 0"), (8, 8, 1.0, "overlap 1.0"), (8, 8, -0.1, "overlap -0.1")],
+    [
+        (0, 8, 0.25, "0 pixels"),
+        (8, 0, 0.25, "by 0"),
+        (8, 8, 1.0, "overlap 1.0"),
+        (8, 8, -0.1, "overlap -0.1"),
+    ],
 )
 def test_impossible_tilings_are_refused(length: int, tile: int, overlap: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -55,7 +60,12 @@ def cut(image: Tensor, grid: TileGrid) -> list:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.tuples(lengths, lengths), st.tuples(st.integers(1, 25), st.integers(1, 25)), overlaps, st.integers(1, 20))
+@given(
+    st.tuples(lengths, lengths),
+    st.tuples(st.integers(1, 25), st.integers(1, 25)),
+    overlaps,
+    st.integers(1, 20),
+)
 def test_equal_tiles_blend_into_the_image(
     size: tuple[int, int], tile: tuple[int, int], overlap: float, align: int
 ) -> None:
@@ -89,7 +99,9 @@ def test_no_scores_count_as_zeros() -> None:
 def test_bands_never_hold_more_than_a_row_of_tiles(height: int) -> None:
     grid = TileGrid((height, 30), (16, 16), 0.25)
     zeros = torch.zeros(1, 16, 16)
-    rows = [band.shape[1] for _, band in blend_rows(grid, ((tile, zeros) for tile in grid), channels=1, align=8)]
+    rows = [
+        band.shape[1] for _, band in blend_rows(grid, ((tile, zeros) for tile in grid), channels=1, align=8)
+    ]
     assert sum(rows) == height
     assert max(rows) <= 16 + 8 - 1
 

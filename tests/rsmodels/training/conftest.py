@@ -1,5 +1,6 @@
 """A run small enough to take steps in milliseconds, on real parts: the tiny model, synthetic scenes."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ import torch
 from rsmodels.training.config import LoaderConfig, OptimConfig, TrainConfig
 
 MakeConfig = Callable[..., TrainConfig]
+
+# Two debug records per tensor and checkpoint: pytest would keep them all.
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
 
 
 def small_config(run: Path, *, lr: float = 1e-3, clip: float = 1.0, **options: Any) -> TrainConfig:

@@ -165,7 +165,7 @@ def test_resume_names_a_run_a_step_or_auto(saved: Checkpoints, tmp_path: Path) -
     assert candidates(str(tmp_path), tmp_path / "new") == newest
     assert candidates(str(saved.folder), tmp_path / "new") == newest
     assert candidates(str(newest[1]), tmp_path / "new") == newest[1:]
-    with pytest.raises(FileNotFoundError, match="--resume .*elsewhere: no checkpoint there"):
+    with pytest.raises(FileNotFoundError, match=r"--resume .*elsewhere: no checkpoint there"):
         candidates(str(tmp_path / "elsewhere"), tmp_path)
 
 

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from rsmodels.training.schedule import learning_rate
@@ -11,7 +13,7 @@ def test_warm_up_rises_to_the_base_rate_and_the_rest_falls() -> None:
     found = rates(20, 5)
     assert found[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
     assert found[5] == 2.0
-    assert all(a > b > 0 for a, b in zip(found[5:], found[6:], strict=False))
+    assert all(a > b > 0 for a, b in pairwise(found[5:]))
 
 
 def test_decay_is_polynomial_and_ends_at_zero() -> None:

@@ -99,7 +99,8 @@ def test_clipping_bounds_the_gradient_and_logs_the_norm_before(make_config: Make
         trainer.log.close()
         seen[clip] = norms[0]
         assert log_of(trainer.folder)[0]["grad_norm"] == pytest.approx(seen[0.0].item(), rel=1e-4)
-    assert seen[1e-3].item() == pytest.approx(1e-3, rel=1e-3) < seen[0.0].item()
+    assert seen[1e-3].item() == pytest.approx(1e-3, rel=1e-3)
+    assert seen[0.0].item() > 1e-2
 
 
 def test_norms_and_biases_do_not_decay(make_config: MakeConfig) -> None:
@@ -135,7 +136,7 @@ def test_validation_loss_and_metrics_ignore_how_the_split_is_batched(
         trainer._validate(1)
         trainer.log.close()
     first, second = (log_of(trainer.folder, "validation")[0] for trainer in trainers)
-    assert first == pytest.approx(second, rel=1e-5)
+    assert first.pop("kind") == second.pop("kind") and first == pytest.approx(second, rel=1e-5)
 
 
 def test_dataset_statistics_go_into_the_model(make_config: MakeConfig) -> None:
@@ -160,7 +161,7 @@ def test_dataset_statistics_go_into_the_model(make_config: MakeConfig) -> None:
         ({"bands": (1, 2)}, "gives 2 bands and rs_sam_tiny takes 3"),
         ({"model_args": {"mfff": False}}, "mfff"),
         ({"data_args": {"sizes": 3}}, "sizes"),
-        ({"data": "whdld", "root": "/nowhere"}, "/nowhere"),
+        ({"data": "whdld", "root": "/nowhere", "data_args": {}}, "/nowhere"),
         ({"pretrained": "/nowhere/sam.pth"}, "/nowhere/sam.pth"),
         ({"image_size": 40}, "40"),
         ({"resume": "/nowhere/run"}, "--resume /nowhere/run"),
@@ -179,7 +180,7 @@ def test_bad_input_is_one_line_and_leaves_no_run(
 def test_a_folder_with_a_run_is_not_overwritten(make_config: MakeConfig) -> None:
     run = train(make_config(steps=1))
     before = weights_of(run)
-    with pytest.raises(ValueError, match="already holds a run .*step-1.*--resume auto"):
+    with pytest.raises(ValueError, match=r"already holds a run .*step-1.*--resume auto"):
         train(make_config(steps=1, seed=1))
     assert all(torch.equal(value, before[key]) for key, value in weights_of(run).items())
 
@@ -197,7 +198,7 @@ def test_a_loss_that_is_not_finite_names_step_tiles_and_checkpoint(
 
     clean = train(make_config(folder="clean", steps=3, checkpoint_every=1))
     monkeypatch.setattr(SyntheticEarth, "__getitem__", reading)
-    config = make_config(steps=30, checkpoint_every=1, log_every=1)
+    config = make_config(steps=3, checkpoint_every=1)
     with pytest.raises(NonFiniteLossError) as error:
         train(config)
     text = str(error.value)
@@ -205,9 +206,8 @@ def test_a_loss_that_is_not_finite_names_step_tiles_and_checkpoint(
     assert text.startswith("step ") and poisoned in text and "the loss is nan" in text and "\n" not in text
     bad = int(text.split()[1].rstrip(":"))
     assert len(text.split("tiles: ")[1].split("; ")[0].split(", ")) == 4
-    if bad > 1:
-        newest = newest_first(run / "checkpoints")[0]
-        assert newest.name == f"step-{bad - 1}" and str(newest) in text
+    newest = newest_first(run / "checkpoints")[0]
+    assert newest.name == f"step-{bad - 1}" and str(newest) in text
     # The good checkpoint resumes.
     monkeypatch.setattr(SyntheticEarth, "__getitem__", read)
     assert train(make_config(steps=3, resume="auto")) == run
