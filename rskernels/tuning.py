@@ -23,26 +23,32 @@ VERSION = 1
 PRODUCTS = ("aten", "onednn")
 DTYPES = ("float32", "bfloat16")
 PASSES = ("forward", "grad_input", "grad_weight")
-# Multiply-adds below 2^21, below 2^27, above; few: less than 32 rows; thin: less than 32 inputs or outputs.
+# Multiply-adds below 2^22, below 2^27, above; few: less than 32 rows; thin: less than 32 inputs or outputs.
 # The order is that of shape_class in csrc/cpu/linear.h.
 SHAPES = tuple(f"{form}/{size}" for form in ("wide", "few", "thin") for size in ("small", "medium", "large"))
 KEYS = tuple(f"{dtype}/{which}/{shape}" for dtype in DTYPES for which in PASSES for shape in SHAPES)
 
 _table: dict[str, str] = {}
+_small: dict[str, str] = {}
 _source = ""
 
 
 def default_table() -> dict[str, str]:
-    """The rule that holds without a measurement: oneDNN for float32 unless the product is small, where its
-    overhead shows, or a weight gradient sums over few rows; and for bfloat16's forward pass, which PyTorch
-    would send there too, but without the bias and the activation."""
+    """The rule that holds without a measurement: oneDNN for float32, unless a weight gradient sums over few
+    rows, and for bfloat16's forward pass, which PyTorch would send there too, but without the activation.
+    Small products are always PyTorch's own: there the overhead of a call decides (`serves_small`)."""
 
     def rule(key: str) -> str:
-        if key.startswith("bfloat16"):
-            return "onednn" if "/forward/" in key else "aten"
-        return "aten" if "/small" in key or "/grad_weight/few" in key else "onednn"
+        if "/small" in key or "/grad_weight/few" in key:
+            return "aten"
+        return "onednn" if key.startswith("float32") or "/forward/" in key else "aten"
 
     return {key: rule(key) for key in KEYS}
+
+
+def serves_small(dtype: str) -> str:
+    """The product of all small products of a dtype, "" where the table has several."""
+    return _small.get(dtype, "")
 
 
 def record() -> dict[str, Any]:
@@ -99,8 +105,12 @@ def _checked(saved: Any, source: str) -> dict[str, str]:
 
 
 def _use(table: dict[str, str], source: str) -> None:
-    global _table, _source
+    global _table, _small, _source
     _table, _source = table, source
+    _small = {}
+    for dtype in DTYPES:
+        products = {table[key] for key in KEYS if key.startswith(dtype) and key.endswith("/small")}
+        _small[dtype] = products.pop() if len(products) == 1 else ""
     if "cpp" not in dispatch.UNAVAILABLE:
         from rskernels import _C  # optional: absent from a pure-Python install
 

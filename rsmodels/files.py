@@ -30,7 +30,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            # A full disk reports no file: name the one that could not be written.
+            if error.filename is None:
+                error.filename = str(target)
+            raise
         # mkstemp makes files private to the user; results should follow the umask like any other file.
         umask = os.umask(0)
         os.umask(umask)

@@ -14,7 +14,7 @@ enum class Pass : int { forward = 0, grad_input = 1, grad_weight = 2 };
 
 // A shape class: how much work (multiply-adds), times whether there are few rows or a thin side.
 inline constexpr int kWorkClasses = 3, kForms = 3;
-inline constexpr int64_t kSmallWork = int64_t(1) << 21;
+inline constexpr int64_t kSmallWork = int64_t(1) << 22;
 inline constexpr int64_t kMediumWork = int64_t(1) << 27;
 inline constexpr int64_t kThin = 32;
 

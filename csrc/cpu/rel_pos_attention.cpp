@@ -79,7 +79,7 @@ template <typename Io, typename Tile>
 class Forward {
  public:
   Forward(
-      const Layout& layout, const Tables& tables, const Tile* packed_tables, const at::Tensor& qkv,
+      const Layout& layout, const Tables& tables, const PackedTables<Io, Tile>& packed, const at::Tensor& qkv,
       const at::Tensor& pad, const at::Tensor& out, const at::Tensor& lse, int64_t parts)
       : layout_(layout),
         key_tiles_(key_tiling(layout)),
@@ -89,7 +89,7 @@ class Forward {
         lse_(lse.data_ptr<float>()),
         parts_(parts),
         simd_(attention_kernels<Io, Tile>()),
-        queries_(layout, tables, packed_tables, scratch_) {
+        queries_(layout, tables, packed, scratch_) {
     const int64_t tokens = key_tiles_.count * key_tiles_.size;
     k_rows_ = scratch_.take<Tile>(tokens * layout.row_size);
     v_rows_ = scratch_.take<Tile>(tokens * layout.row_size);
@@ -152,7 +152,9 @@ class Forward {
       float* values = out_rows_ + i * row;
       const float factor = 1.0f / sums_[i];
       for (int64_t c = 0; c < layout_.dim; ++c) values[c] *= factor;
-      simd_.write_row(values, out_.at(unit, begin + i) + unit.head * layout_.dim, layout_.dim);
+      Io* to = out_.at(unit, begin + i) + unit.head * layout_.dim;
+      simd_.write_row(values, to, layout_.dim);
+      prefetch_next_head(to, layout_.dim);
       lse_[layout_.lse_index(unit, begin + i)] = largest_[i] + std::log(sums_[i]);
     }
   }
@@ -175,14 +177,15 @@ template <typename Io, typename Tile>
 void forward(
     const Layout& layout, const Tables& tables, const at::Tensor& qkv, const at::Tensor& pad, const at::Tensor& out,
     const at::Tensor& lse) {
-  const std::vector<Tile> packed = packed_tables<Io, Tile>(layout, tables);
+  const PackedTables<Io, Tile> packed(layout, tables);
   // Several tasks a unit only where there are few units: each packs the unit's keys again. A query's result
   // does not depend on the cut.
   const int64_t units = layout.units();
   const int64_t most = Tiling(layout.keys, kQueryTile).count;
   const int64_t parts = std::clamp<int64_t>((4 * at::get_num_threads() + units - 1) / units, 1, most);
-  run_tasks(units * parts, [&] {
-    return Forward<Io, Tile>(layout, tables, packed.data(), qkv, pad, out, lse, parts);
+  const int64_t heads_at_once = std::clamp<int64_t>(units / (8 * at::get_num_threads()), 1, layout.heads);
+  run_tasks(units * parts, heads_at_once, [&] {
+    return Forward<Io, Tile>(layout, tables, packed, qkv, pad, out, lse, parts);
   });
 }
 

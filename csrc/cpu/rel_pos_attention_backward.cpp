@@ -5,7 +5,7 @@
 //   p = exp(logit - lse),  ds = p * (dp - delta),
 //   rel_h and rel_w get the sums of ds over their keys               [one vector pass]
 //   dV += p do,  dK += ds q,  dq^T += K^T ds                         [three tile products]
-// where delta_i = do_i . out_i. A query tile's dq is complete when its last key tile is done.
+// where delta_i = do_i . out_i, or sum_j p_ij dp_ij where one tile holds all keys. A query tile's dq is complete when its last key tile is done.
 //
 // Determinism: sums over queries run in order within a *part* of a unit, parts are added in order, and so are
 // the *slices* of tasks that share one sum of table gradients. How the work is cut into parts and slices
@@ -23,7 +23,7 @@ namespace rskernels {
 namespace {
 
 constexpr int64_t kEnoughTasks = 24; // fewer units than this are cut into parts
-constexpr int64_t kMostSlices = 128; // partial sums of the tables' gradients
+constexpr int64_t kMostSlices = 64; // partial sums of the tables' gradients
 
 struct Cut {
   int64_t parts, tasks, slices;
@@ -55,10 +55,11 @@ struct Call {
 template <typename Io, typename Tile>
 class Backward {
  public:
-  Backward(const Layout& layout, const Cut& cut, const Tables& tables, const Tile* packed_tables, const Call& call)
+  Backward(const Layout& layout, const Cut& cut, const Tables& tables, const PackedTables<Io, Tile>& packed, const Call& call)
       : layout_(layout),
         cut_(cut),
         tables_(tables),
+        packed_(packed),
         call_(call),
         key_tiles_(key_tiling(layout)),
         qkv_(call.qkv),
@@ -68,11 +69,11 @@ class Backward {
         pad_(call.pad.const_data_ptr<Io>()),
         lse_data_(call.lse.const_data_ptr<float>()),
         simd_(attention_kernels<Io, Tile>()),
-        queries_(layout, tables, packed_tables, scratch_) {
-    const int64_t row = layout.row_size, packed = key_tiles_.count * key_tiles_.size * row;
-    k_rows_ = scratch_.take<Tile>(packed);
-    k_left_ = scratch_.take<Tile>(packed);
-    v_rows_ = scratch_.take<Tile>(packed);
+        queries_(layout, tables, packed, scratch_) {
+    const int64_t row = layout.row_size, unit = key_tiles_.count * key_tiles_.size * row;
+    k_rows_ = scratch_.take<Tile>(unit);
+    k_left_ = scratch_.take<Tile>(unit);
+    v_rows_ = scratch_.take<Tile>(unit);
     for (float** sums : {&dk_, &dv_}) *sums = scratch_.take<float>(layout.keys * layout.dim);
     for (Tile** rows : {&do_rows_, &do_right_, &do_pairs_, &q_pairs_}) *rows = scratch_.take<Tile>(kQueryTile * row);
     const int64_t tile = key_tiles_.size * kQueryTile;
@@ -85,12 +86,17 @@ class Backward {
       for (Tile** rows : {&p_rows_, &ds_rows_, &ds_pairs_}) *rows = scratch_.take<Tile>(tile);
     }
     for (float** rows : {&lse_, &delta_}) *rows = scratch_.take<float>(kQueryTile);
-    for (float** rows : {&dq_left_, &dq_rows_, &q_float_}) *rows = scratch_.take<float>(kQueryTile * row);
+    for (float** rows : {&dq_left_, &dq_rows_}) *rows = scratch_.take<float>(kQueryTile * row);
     if (!tables.defined()) return;
     grad_h_ = scratch_.take<float>(kQueryTile * round_up(layout.window_h, kVector));
     grad_w_ = scratch_.take<float>(kQueryTile * round_up(layout.window_w, kVector));
     grad_products_ = scratch_.take<float>(kQueryTile * tables.stride);
-    grad_products_left_ = scratch_.take<float>(kQueryTile * tables.stride);
+    if constexpr (std::is_same_v<Tile, float>) {
+      grad_rows_ = grad_products_;
+    } else {
+      grad_rows_ = scratch_.take<Tile>(kQueryTile * tables.stride);
+    }
+    grad_left_ = scratch_.take<Tile>(kQueryTile * tables.stride);
   }
 
   // All tasks of a slice, in order. Task t is part t % parts of the query tiles of unit t / parts.
@@ -154,12 +160,14 @@ class Backward {
     for (int64_t i = 0; i < dim * lanes; ++i) dq_left_[i] *= layout_.scale;
     simd_.transpose(dq_left_, lanes, nullptr, dim, lanes, dq_rows_, row);
     if (tables_.defined()) {
-      const float* tables = tables_.rows.template const_data_ptr<float>();
       tile_product(
-          lanes, dim, tables_.entries, grad_products_, tables_.stride, tables, dim, dq_rows_, row, true);
+          lanes, dim, depth<Tile>(tables_.entries), grad_rows_, tables_.stride, packed_.of_gradient.data(), row,
+          dq_rows_, row, true);
     }
     for (int64_t i = 0; i < queries_.count; ++i) {
-      simd_.write_row(dq_rows_ + i * row, dqkv_.at(unit, begin + i) + unit.head * dim, dim);
+      Io* to = dqkv_.at(unit, begin + i) + unit.head * dim;
+      simd_.write_row(dq_rows_ + i * row, to, dim);
+      prefetch_next_head(to, dim);
     }
   }
 
@@ -170,10 +178,13 @@ class Backward {
     simd_.transpose_right(do_rows_, layout_.row_size, queries_.lanes, layout_.dim, do_right_, queries_.lanes);
     do_by_query_ = simd_.pair_rows(do_rows_, layout_.row_size, queries_.lanes, do_pairs_);
     q_by_query_ = simd_.pair_rows(queries_.rows, layout_.row_size, queries_.lanes, q_pairs_);
-    for (int64_t i = 0; i < queries_.lanes; ++i) {
-      const bool real = i < n; // the other lanes add nothing: their q and do are zero
-      lse_[i] = real ? lse_data_[layout_.lse_index(unit, begin + i)] : 0.0f;
-      delta_[i] = real ? simd_.dot(grad_.at(unit, begin + i) + first, out_.at(unit, begin + i) + first, layout_.dim) : 0.0f;
+    // Lanes without a query add nothing: their q and do are zero.
+    std::fill_n(lse_, queries_.lanes, 0.0f);
+    std::fill_n(delta_, queries_.lanes, 0.0f);
+    for (int64_t i = 0; i < n; ++i) {
+      lse_[i] = lse_data_[layout_.lse_index(unit, begin + i)];
+      if (key_tiles_.count == 1) continue; // row_delta finds it
+      delta_[i] = simd_.dot(grad_.at(unit, begin + i) + first, out_.at(unit, begin + i) + first, layout_.dim);
     }
     if (!tables_.defined()) return;
     std::fill_n(grad_h_, queries_.lanes * layout_.window_h, 0.0f);
@@ -188,6 +199,7 @@ class Backward {
     tile_product(keys, lanes, dim_depth, k_rows_ + first * row, row, queries_.right, lanes, scores_, lanes, false);
     tile_product(keys, lanes, dim_depth, v_rows_ + first * row, row, do_right_, lanes, dp_, lanes, false);
     GradientTile tile{queries_.scores(first, keys), scores_, dp_, lse_, delta_, grad_h_, grad_w_};
+    if (key_tiles_.count == 1) simd_.row_delta(tile, delta_);
     simd_.score_gradient(tile, p_rows_, ds_rows_, ds_pairs_);
     if (call_.wanted.keys()) {
       tile_product(keys, dim, lanes, p_rows_, lanes, do_by_query_, row, dv_ + first * dim, dim, true);
@@ -208,14 +220,14 @@ class Backward {
         grad_h_, lanes, layout_.window_h, queries_.count, grad_products_, stride, queries_.shift_h);
     simd_.transpose_into_shifted(
         grad_w_, lanes, layout_.window_w, queries_.count, grad_products_, stride, queries_.shift_w);
+    if (!std::is_same_v<Tile, float>) simd_.round_row(grad_products_, grad_rows_, lanes * stride);
   }
 
   void add_table_gradients() {
     const int64_t lanes = queries_.lanes, dim = layout_.dim, row = layout_.row_size;
-    simd_.transpose(grad_products_, tables_.stride, nullptr, lanes, tables_.entries, grad_products_left_, lanes);
-    for (int64_t i = 0; i < lanes * row; ++i) q_float_[i] = static_cast<float>(queries_.rows[i]);
+    simd_.transpose_left(grad_rows_, tables_.stride, lanes, tables_.entries, grad_left_, lanes);
     float* sums = call_.table_sums.template data_ptr<float>() + slice_ * tables_.entries * dim;
-    tile_product(tables_.entries, dim, lanes, grad_products_left_, lanes, q_float_, row, sums, dim, true);
+    tile_product(tables_.entries, dim, lanes, grad_left_, lanes, q_by_query_, row, sums, dim, true);
   }
 
   void write_key_gradients(const Unit& unit) {
@@ -229,6 +241,8 @@ class Backward {
         Io* to = dqkv_.at(unit.batch, unit.top + y, unit.left + x) + first;
         simd_.write_row(dk_ + key * dim, to, dim);
         simd_.write_row(dv_ + key * dim, to + layout_.embed, dim);
+        prefetch_next_head(to, dim);
+        prefetch_next_head(to + layout_.embed, dim);
       } else if (call_.wanted.pad) {
         float* sums = call_.pad_sums.template data_ptr<float>() + slice_ * 3 * layout_.embed + first;
         for (int64_t c = 0; c < dim; ++c) {
@@ -242,6 +256,7 @@ class Backward {
   const Layout& layout_;
   const Cut& cut_;
   const Tables& tables_;
+  const PackedTables<Io, Tile>& packed_;
   const Call& call_;
   const Tiling key_tiles_;
   const Tokens<const Io> qkv_, grad_, out_;
@@ -254,8 +269,9 @@ class Backward {
   Tile *k_rows_, *k_left_, *v_rows_;
   Tile *do_rows_, *do_right_, *do_pairs_, *q_pairs_, *p_rows_, *ds_rows_, *ds_pairs_;
   const Tile *do_by_query_, *q_by_query_;
-  float *dk_, *dv_, *scores_, *dp_, *lse_, *delta_, *dq_left_, *dq_rows_, *q_float_;
-  float *grad_h_ = nullptr, *grad_w_ = nullptr, *grad_products_ = nullptr, *grad_products_left_ = nullptr;
+  float *dk_, *dv_, *scores_, *dp_, *lse_, *delta_, *dq_left_, *dq_rows_;
+  float *grad_h_ = nullptr, *grad_w_ = nullptr, *grad_products_ = nullptr;
+  Tile *grad_rows_ = nullptr, *grad_left_ = nullptr;
   int64_t slice_ = 0;
 };
 
@@ -278,11 +294,11 @@ struct MergeParts {
 
 template <typename Io, typename Tile>
 void backward(const Layout& layout, const Cut& cut, const Tables& tables, const Call& call) {
-  const std::vector<Tile> packed = packed_tables<Io, Tile>(layout, tables);
-  const auto worker = [&] { return Backward<Io, Tile>(layout, cut, tables, packed.data(), call); };
-  run_tasks(cut.slices, worker);
+  const PackedTables<Io, Tile> packed(layout, tables);
+  const auto worker = [&] { return Backward<Io, Tile>(layout, cut, tables, packed, call); };
+  run_tasks(cut.slices, 1, worker);
   if (cut.parts == 1 || !call.wanted.keys()) return;
-  run_tasks(layout.units(), [&] { return MergeParts<Backward<Io, Tile>>{worker()}; });
+  run_tasks(layout.units(), 1, [&] { return MergeParts<Backward<Io, Tile>>{worker()}; });
 }
 
 using OptionalTensor = std::optional<at::Tensor>;

@@ -124,6 +124,25 @@ inline void rescale(int64_t lanes, const float* old_largest, const float* larges
   }
 }
 
+// delta = sum p dp / sum p, where all keys of the queries are in this tile. More exact than do . out: where keys
+// are alike, or one takes all, dp - delta is a small difference of two large numbers.
+template <bool kBias, int kVectors>
+inline void delta_block(const GradientTile& tile, int64_t lane, float* delta) {
+  VecF lse[kVectors], total[kVectors], weighted[kVectors], p[kVectors];
+  load_all(tile.lse + lane, lse);
+  for (int v = 0; v < kVectors; ++v) total[v] = weighted[v] = VecF{};
+  KeyCursor key(tile);
+  for (int64_t k = 0; k < tile.keys; ++k, key.next()) {
+    exp_key<kBias, 5>(tile.scores + k * tile.lanes, key, lane, lse, p);
+    for (int v = 0; v < kVectors; ++v) {
+      total[v] += p[v];
+      weighted[v] += p[v] * load(tile.dp + k * tile.lanes + lane + v * kLanes);
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) weighted[v] /= total[v];
+  store_all(delta + lane, weighted);
+}
+
 // One key of the backward pass: p = exp(logit - lse), ds = p * (dp - delta), and ds added to its two biases.
 template <bool kBias, int kDegree, int kVectors>
 RSK_INLINE void gradient_key(
@@ -210,6 +229,10 @@ inline void row_max(const ScoreTile& tile, const float* scores, float* largest) 
 template <typename Tile>
 inline void softmax(const ScoreTile& tile, const float* scores, const float* largest, float* sums, Tile* out) {
   RSK_FOR_BLOCKS(exp_block, scores, largest, sums, out);
+}
+
+inline void row_delta(const GradientTile& tile, float* delta) {
+  RSK_FOR_BLOCKS(delta_block, delta);
 }
 
 template <typename Tile>
@@ -320,6 +343,6 @@ inline float dot(const Io* a, const Io* b, int64_t n) {
 
 template <typename Io, typename Tile>
 inline constexpr AttentionKernels<Io, Tile> kAttentionKernels = {
-    copy_row<Io, Tile>, copy_row<float, Io>, dot<Io>, transpose_left, transpose_right, pair_rows, transpose,
-    transpose_into_shifted, row_max, softmax<Tile>, rescale, score_gradient<Tile>,
+    copy_row<Io, Tile>, copy_row<float, Io>, copy_row<float, Tile>, dot<Io>, transpose_left, transpose_right, pair_rows, transpose,
+    transpose_into_shifted, row_max, softmax<Tile>, rescale, row_delta, score_gradient<Tile>,
 };

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rskernels.dispatch import choose
+from rskernels import tuning
+from rskernels.dispatch import choose, get_backend
 from rskernels.library import cast_to_compute_dtype, define, differentiate, once_differentiable
 
+SMALL_WORK = 1 << 22  # kSmallWork in csrc/cpu/linear.h
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")
 
 
@@ -36,7 +38,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     """
     _check(x, weight, bias, activation)
     x, weight, bias = cast_to_compute_dtype(weight, x, weight, bias)
-    if choose("linear", x, weight, bias) == "reference":
+    if _too_small_to_gain(x, weight) or choose("linear", x, weight, bias) == "reference":
         return linear_reference(x, weight, bias, activation)
     # Without a backward pass nobody reads the pre-activation, so it need not exist.
     training = torch.is_grad_enabled() and (
@@ -50,6 +52,18 @@ def linear_reference(
 ) -> Tensor:
     """What defines the operator; arguments in one dtype."""
     return _activate(F.linear(x, weight, bias), activation or "none")
+
+
+def _too_small_to_gain(x: Tensor, weight: Tensor) -> bool:
+    """Eager calls of few multiply-adds: calling a registered operator costs more than its product saves. The
+    extension would use the same product: the bits are the same. Compiled code has no such overhead, and must
+    not be specialised to sizes."""
+    return (
+        not torch.compiler.is_compiling()
+        and get_backend() == "auto"
+        and x.numel() * weight.shape[0] < SMALL_WORK
+        and tuning.serves_small(str(x.dtype).removeprefix("torch.")) == "aten"
+    )
 
 
 def _activate(pre: Tensor, activation: str) -> Tensor:

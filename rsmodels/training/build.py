@@ -36,7 +36,7 @@ def run_folder(config: TrainConfig) -> Path:
     if config.resume is None and (newest is not None or (folder / "best").exists()):
         found = newest.name if newest else "best"
         raise ValueError(
-            f"--run {folder}: already holds a run (found {found}); go on with --resume auto, or choose another --run"
+            f"--run {folder}: already holds a run ({found}); go on with --resume auto or choose another --run"
         )
     return folder
 
@@ -96,7 +96,7 @@ def build_model(config: TrainConfig, dataset: SegmentationDataset, *, resuming: 
     size = config.image_size or max(32, min(*first.shape[-2:], LARGEST_DEFAULT_SIZE) // 32 * 32)
     seed_everything(derive_seed(config.seed, Purpose.WEIGHTS))
     model = create_model(
-        config.model,
+        str(config.model),
         num_classes=dataset.schema.num_logits,
         image_size=size,
         pretrained=None if resuming else config.pretrained,

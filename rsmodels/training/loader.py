@@ -52,7 +52,7 @@ class Tiles(Dataset):
 
     def _prepare(self, sample: Sample) -> Batch:
         """One sample as a batch of one."""
-        batch = collate([self._read(sample.index)])
+        batch = collate([self._read(sample.tile)])
         if self.seed is None:
             batch = fit_to_size(batch, self.size)
             return batch if sample.counts else {**batch, "mask": torch.full_like(batch["mask"], IGNORE)}

@@ -81,7 +81,10 @@ class Ranks:
 
 @contextmanager
 def processes(device: str | None) -> Iterator[Ranks]:
-    """Join the process group that torchrun announces in the environment, if any; leave it at the end."""
+    """Join the process group that torchrun announces in the environment, if any; leave it at the end.
+
+    A caller who has set torch.distributed up already keeps what it has.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no usable GPU here; leave it out, or use --device cpu")
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,14 +92,16 @@ def processes(device: str | None) -> Iterator[Ranks]:
     if kind == "cuda":
         local = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(local)
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
+    if dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local)
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Ranks(0, 1, local)
         return
     # Small agreements between ranks are CPU tensors and go over gloo; gradients on GPUs go over nccl.
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
     try:
-        yield Ranks(dist.get_rank(), world, local)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), local)
     finally:
         dist.destroy_process_group()
 
@@ -145,9 +150,7 @@ def parallelize(model: Any, ranks: Ranks, *, mode: str, shard_size: int | None =
     if mode == "ddp":
         devices = [ranks.device] if ranks.device.type == "cuda" else None
         # An ablation may leave parts of a decoder without influence on the loss; DDP must be told to look.
-        return DistributedDataParallel(
-            module, device_ids=devices, broadcast_buffers=False, find_unused_parameters=True
-        )
+        return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
     if mode == "fsdp":
         mesh = init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("shard",))
     else:

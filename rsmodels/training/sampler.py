@@ -29,13 +29,14 @@ class Purpose(IntEnum):
 
 
 class Sample(NamedTuple):
-    """What is asked for: tile `index` of the data set.
+    """What is asked for.
 
+    tile: its index in the data set.
     position: in the training stream; it decides the tile's random numbers.
     counts: False for a stand-in whose mask is to be ignored everywhere.
     """
 
-    index: int
+    tile: int
     position: int = 0
     counts: bool = True
 

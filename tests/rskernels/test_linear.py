@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import rskernels
 from rskernels import tuning
-from rskernels.ops.linear import ACTIVATIONS, linear_reference
+from rskernels.ops.linear import ACTIVATIONS, SMALL_WORK, linear_reference
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -143,6 +143,7 @@ def test_python_implementation_equals_the_extension(extension, relative_error):
 
 @pytest.mark.parametrize("wanted", list(itertools.product((True, False), repeat=3)))
 def test_only_wanted_gradients_are_computed_and_saved(extension, wanted):
+    rskernels.set_backend("cpp")
     leaves = [
         t.detach().requires_grad_(w)
         for t, w in zip(arguments((30,), 8, 6, torch.float32), wanted, strict=True)
@@ -172,6 +173,7 @@ def test_inference_keeps_no_pre_activation(extension):
 
 
 def test_second_derivative_is_an_error_that_names_the_way_out(extension):
+    rskernels.set_backend("cpp")
     x, weight, bias = arguments((4,), 3, 2, torch.float32)
     (dx,) = torch.autograd.grad(rskernels.linear(x, weight, bias, "gelu").sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivative.*backend\('reference'\)"):
@@ -214,14 +216,17 @@ def test_exports_with_dynamic_rows(extension):
     assert torch.equal(program.module()(x), layer(x))
 
 
-@pytest.mark.parametrize("backend", ("reference", "auto"))
-def test_autocast_and_mixed_dtypes(backend):
+@pytest.mark.parametrize("backend", ("reference", "auto", "cpp"))
+def test_autocast_and_mixed_dtypes(request, backend):
+    if backend == "cpp":
+        request.getfixturevalue("extension")
     rskernels.set_backend(backend)
     x, weight, bias = arguments((6,), 5, 4, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out = rskernels.linear(x, weight, bias)
         assert out.dtype == torch.bfloat16
-        assert rskernels.linear(x.double(), weight.double(), bias.double()).dtype == torch.float64
+        if backend != "cpp":
+            assert rskernels.linear(x.double(), weight.double(), bias.double()).dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
         out.float().sum().backward()  # backward under autocast keeps the dtypes of forward
     assert x.grad.dtype == weight.grad.dtype == bias.grad.dtype == torch.float32
@@ -231,6 +236,7 @@ def test_autocast_and_mixed_dtypes(backend):
 
 def test_backward_under_autocast_computes_in_float32(extension):
     """A float32 forward pass whose backward is called inside autocast must not lose precision."""
+    rskernels.set_backend("cpp")
     leaves = arguments((64,), 48, 40, torch.float32)
     out = rskernels.linear(*leaves)
     with torch.autocast("cpu", torch.bfloat16):
@@ -243,6 +249,7 @@ def test_backward_under_autocast_computes_in_float32(extension):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_element_is_written(extension, dtype, product):
     """Deterministic mode fills uninitialised memory with NaN."""
+    rskernels.set_backend("cpp")
     use_product(product)
     torch.use_deterministic_algorithms(True)
     for activation in ACTIVATIONS:
@@ -253,11 +260,29 @@ def test_every_element_is_written(extension, dtype, product):
 
 @pytest.mark.parametrize("product", tuning.PRODUCTS)
 def test_nan_stays_in_its_row(extension, product):
+    rskernels.set_backend("cpp")
     use_product(product)
     x, weight, bias = (t.detach() for t in arguments((40,), 64, 48, torch.float32))
     x[7, 3] = float("nan")
     out = rskernels.linear(x, weight, bias, "gelu")
     assert torch.isnan(out[7]).all() and torch.isfinite(out[torch.arange(40) != 7]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_eager_calls_go_straight_to_torch(extension, dtype):
+    """There the call of an operator costs more than its product saves; the bits are the operator's."""
+    limit = SMALL_WORK
+    assert extension.shape_class(limit // 64 // 64 - 1, 64, 64) != extension.shape_class(
+        limit // 64 // 64, 64, 64
+    )
+    x, weight, bias = arguments((limit // 64 // 64 - 1,), 64, 64, dtype)
+    small = rskernels.linear(x, weight, bias, "gelu")
+    assert "rskernels" not in type(small.grad_fn).__name__
+    with rskernels.backend("cpp"):
+        operator = rskernels.linear(x, weight, bias, "gelu")
+    assert "rskernels" in type(operator.grad_fn).__name__ and torch.equal(small, operator)
+    large = rskernels.linear(torch.cat([x, x]), weight, bias, "gelu")
+    assert "rskernels" in type(large.grad_fn).__name__
 
 
 def test_same_bits_in_every_run(extension, run_python):

@@ -34,6 +34,12 @@ def small_config(run: Path, *, lr: float = 1e-3, clip: float = 1.0, **options: A
     return TrainConfig(run=str(run), optim=OptimConfig(lr=lr, clip=clip), **{**defaults, **options})
 
 
+@pytest.fixture(scope="session")
+def configure() -> MakeConfig:
+    """`small_config`, for tests that choose their folder."""
+    return small_config
+
+
 @pytest.fixture
 def make_config(tmp_path: Path) -> MakeConfig:
     """make_config(**fields) -> TrainConfig of a small run in tmp_path/run."""

@@ -1,17 +1,21 @@
-"""What torchrun starts in test_ranks.py: `ranks_worker.py JOBS`, a JSON list of runs to train one by one.
+"""What test_ranks.py starts, alone or by torchrun: `ranks_worker.py JOBS`, runs to train in turn, as JSON.
 
-A job is the keyword arguments of `small_config`, with "run", and with "die_in_step" to be killed in that step.
+A job is the keyword arguments of `small_config`, with "run". "die_in_step" has the process killed in that
+step; "poison" makes a pixel of that training tile NaN.
 """
 
 import json
+import math
 import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import small_config
 
+from rsmodels.data import SyntheticEarth
 from rsmodels.training.trainer import train
 
 
@@ -27,8 +31,27 @@ def die_in_step(number: int) -> None:
     torch.optim.AdamW.step = fatal  # type: ignore[method-assign]
 
 
+def poison(name: str) -> None:
+    """Let one tile hold a NaN, as a broken file might."""
+    read = SyntheticEarth.__getitem__
+
+    def reading(self: SyntheticEarth, index: int) -> dict[str, Any]:
+        sample = read(self, index)
+        if sample["name"] == name:
+            sample["image"][0, 3, 4] = math.nan
+        return sample
+
+    SyntheticEarth.__getitem__ = reading  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")  # one group for all jobs
     for job in json.loads(sys.argv[1]):
         if "die_in_step" in job:
             die_in_step(job.pop("die_in_step"))
+        if "poison" in job:
+            poison(job.pop("poison"))
         train(small_config(Path(job.pop("run")), **job))
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.destroy_process_group()

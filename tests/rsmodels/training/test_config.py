@@ -93,7 +93,7 @@ def test_every_option_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> Non
     for option in options(TrainConfig):
         spelled = option.replace("_", "-")
         assert f"{spelled} " in text, spelled
-        # The help line reads "--steps STEPS Optimiser steps (…)": words follow the option and its placeholder.
+        # The help line reads "--steps STEPS Optimiser steps (…)": words follow option and placeholder.
         after = text.split(f" {spelled} ")[-1]
         assert after.split("(type:")[0].count(" ") >= 3, f"{spelled} has no help text"
 

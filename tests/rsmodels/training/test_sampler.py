@@ -49,7 +49,7 @@ def test_every_epoch_shows_every_tile_once(length: int, steps: int) -> None:
     stream = list(chain.from_iterable(steps_of(length, steps=steps)))
     assert [sample.position for sample in stream] == list(range(12 * steps))
     for start in range(0, len(stream) - length + 1, length):
-        assert sorted(sample.index for sample in stream[start : start + length]) == list(range(length))
+        assert sorted(sample.tile for sample in stream[start : start + length]) == list(range(length))
 
 
 def test_epochs_and_seeds_differ_and_repeat() -> None:
@@ -82,7 +82,7 @@ def test_validation_counts_every_tile_once_in_batches_that_ignore_the_ranks(
     shards = [list(sampler) for sampler in samplers]
     # All ranks pass equally often, as sharded models need it.
     assert {len(shard) for shard in shards} == {len(samplers[0])}
-    counted = [[s.index for s in batch] for shard in shards for batch in shard if batch[0].counts]
-    alone = [[s.index for s in batch] for batch in ShardSampler(length, batch_size=batch_size)]
+    counted = [[s.tile for s in batch] for shard in shards for batch in shard if batch[0].counts]
+    alone = [[s.tile for s in batch] for batch in ShardSampler(length, batch_size=batch_size)]
     assert sorted(counted) == alone
     assert np.concatenate(alone).tolist() == list(range(length))

@@ -1,0 +1,134 @@
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from rsmodels.training.parallel import (
+    Interrupt,
+    LossModule,
+    Ranks,
+    check_mode,
+    clip_gradients,
+    processes,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_together_raises_the_error_of_a_lone_process() -> None:
+    with pytest.raises(ValueError, match="mine"), Ranks(0, 1, CPU).together():
+        raise ValueError("mine")
+
+
+def rank_of_three(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
+    ranks = Ranks(rank, 3, CPU)
+    said = Path(folder) / f"rank{rank}.txt"
+    with ranks.together():
+        pass  # nobody fails: all go on
+    assert ranks.gather(rank) == [0, 1, 2] and ranks.any(rank == 2) and not ranks.any(False)
+    try:
+        with ranks.together():
+            if rank > 0:
+                raise ValueError(f"rank {rank} failed")
+    except ValueError as error:
+        said.write_text(str(error))
+    except SystemExit as stop:
+        said.write_text(f"exit {stop.code}")
+    dist.destroy_process_group()
+
+
+def test_together_lets_one_rank_speak_and_stops_the_others(tmp_path: Path) -> None:
+    mp.spawn(rank_of_three, args=(str(tmp_path),), nprocs=3)
+    said = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(3)]
+    assert said == ["exit 2", "rank 1 failed", "exit 2"]
+
+
+@pytest.mark.parametrize(
+    "mode, world, shard_size, expected",
+    [
+        ("none", 2, None, "--parallel none cannot use 2 ranks"),
+        ("ddp", 1, None, "--parallel ddp needs several processes"),
+        ("hsdp", 4, 3, "--shard-size 3 does not divide the 4 ranks"),
+    ],
+)
+def test_a_mode_that_cannot_work_is_refused(mode: str, world: int, shard_size: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        check_mode(mode, world, shard_size)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu_is_one_clear_line() -> None:
+    with pytest.raises(ValueError, match="--device cuda: PyTorch finds no usable GPU"), processes("cuda"):
+        pass
+
+
+def test_the_first_signal_is_a_request_and_the_second_ctrl_c_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupt() as interrupt:
+        assert not interrupt.requested
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.requested and not ended
+        # torchrun sends SIGTERM after a Ctrl-C: not the user's second one.
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not ended
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ended == [130]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_interrupt_works_outside_the_main_thread() -> None:
+    requested: list[bool] = []
+
+    def enter() -> None:
+        with Interrupt() as interrupt:
+            requested.append(interrupt.requested)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert requested == [False]
+
+
+class Counting(nn.Module):
+    """Counts its forward passes; `calls_itself` says whether its losses need one."""
+
+    def __init__(self, calls_itself: bool) -> None:
+        super().__init__()
+        self.calls_itself, self.passes = calls_itself, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.passes += 1
+        return images * 2
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"a": (self(batch["image"]) if self.calls_itself else batch["image"]).sum()}
+
+
+@pytest.mark.parametrize("calls_itself", [True, False])
+def test_validation_gets_logits_in_one_pass(calls_itself: bool) -> None:
+    model = Counting(calls_itself)
+    batch = {"image": torch.ones(1, 3, 4, 4)}
+    terms, logits = LossModule(model)(batch, with_logits=True)
+    assert torch.equal(logits, batch["image"] * 2) and model.passes == 1
+    assert terms.keys() == LossModule(model)(batch).keys()
+    assert not model._forward_hooks
+
+
+def test_clip_returns_the_norm_before_and_leaves_small_gradients() -> None:
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad, parameters[1].grad = torch.full((3,), 2.0), torch.full((4,), -1.0)
+    assert clip_gradients(parameters, 0.0).item() == pytest.approx(4.0)
+    assert clip_gradients(parameters, 8.0).item() == pytest.approx(4.0)
+    assert parameters[0].grad[0] == 2.0
+    assert clip_gradients(parameters, 1.0).item() == pytest.approx(4.0)
+    assert parameters[0].grad[0].item() == pytest.approx(0.5, rel=1e-4)
