@@ -79,14 +79,11 @@ namespace rskernels::avx512_bf16 {
 #undef RSK_LEVEL
 
 // The object of that name at the level in use.
-#define RSK_AT_ISA_LEVEL(...)                                \
-  (::rskernels::isa_level() == ::rskernels::Isa::avx512_bf16 \
-       ? ::rskernels::avx512_bf16::__VA_ARGS__               \
-       : ::rskernels::isa_level() == ::rskernels::Isa::avx512 \
-           ? ::rskernels::avx512::__VA_ARGS__                \
-           : ::rskernels::isa_level() == ::rskernels::Isa::avx2 \
-               ? ::rskernels::avx2::__VA_ARGS__              \
-               : ::rskernels::baseline::__VA_ARGS__)
+#define RSK_AT_ISA_LEVEL(...)                                                                        \
+  (::rskernels::isa_level() == ::rskernels::Isa::avx512_bf16 ? ::rskernels::avx512_bf16::__VA_ARGS__ \
+      : ::rskernels::isa_level() == ::rskernels::Isa::avx512 ? ::rskernels::avx512::__VA_ARGS__      \
+      : ::rskernels::isa_level() == ::rskernels::Isa::avx2   ? ::rskernels::avx2::__VA_ARGS__        \
+                                                             : ::rskernels::baseline::__VA_ARGS__)
 #else
 #define RSK_AT_ISA_LEVEL(...) (::rskernels::baseline::__VA_ARGS__)
 #endif

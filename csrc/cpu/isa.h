@@ -21,7 +21,7 @@ inline Isa isa_supported() {
 #if defined(__x86_64__) && defined(__GNUC__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) return Isa::avx512_bf16;
   if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
@@ -31,15 +31,9 @@ inline Isa isa_supported() {
 
 inline Isa checked_isa(int level) {
   const Isa best = isa_supported();
-  TORCH_CHECK_VALUE(
-      level >= 0 && level <= static_cast<int>(best),
-      "instruction set level ",
-      level,
-      " does not exist on this processor, which has 0 (baseline) to ",
-      static_cast<int>(best),
-      " (",
-      isa_name(best),
-      ")");
+  TORCH_CHECK_VALUE(level >= 0 && level <= static_cast<int>(best), "instruction set level ", level,
+      " does not exist on this processor, which has 0 (baseline) to ", static_cast<int>(best), " (",
+      isa_name(best), ")");
   return static_cast<Isa>(level);
 }
 
@@ -47,8 +41,7 @@ inline Isa isa_named(const std::string& name) {
   for (int level = 0; level < 4; ++level) {
     if (name == isa_name(static_cast<Isa>(level))) return checked_isa(level);
   }
-  TORCH_CHECK_VALUE(
-      false, "instruction set is '", name, "', expected baseline, avx2, avx512 or avx512_bf16");
+  TORCH_CHECK_VALUE(false, "instruction set is '", name, "', expected baseline, avx2, avx512 or avx512_bf16");
 }
 
 // RSKERNELS_ISA=baseline|avx2|avx512|avx512_bf16 lowers the level, for tests and for bug reports.

@@ -78,9 +78,8 @@ namespace {
 template <typename Io, typename Tile>
 class Forward {
  public:
-  Forward(
-      const Layout& layout, const Tables& tables, const PackedTables<Io, Tile>& packed, const at::Tensor& qkv,
-      const at::Tensor& pad, const at::Tensor& out, const at::Tensor& lse, int64_t parts)
+  Forward(const Layout& layout, const Tables& tables, const PackedTables<Io, Tile>& packed,
+      const at::Tensor& qkv, const at::Tensor& pad, const at::Tensor& out, const at::Tensor& lse, int64_t parts)
       : layout_(layout),
         key_tiles_(key_tiling(layout)),
         qkv_(qkv),
@@ -133,16 +132,14 @@ class Forward {
   void attend_to(int64_t t) {
     const int64_t lanes = queries_.lanes, keys = key_tiles_.length(t), first = key_tiles_.begin(t);
     const ScoreTile tile = queries_.scores(first, keys);
-    tile_product(
-        keys, lanes, depth<Tile>(layout_.dim), k_rows_ + first * layout_.row_size, layout_.row_size, queries_.right,
-        lanes, scores_, lanes, false);
+    tile_product(keys, lanes, depth<Tile>(layout_.dim), k_rows_ + first * layout_.row_size, layout_.row_size,
+        queries_.right, lanes, scores_, lanes, false);
     std::copy_n(largest_, lanes, old_largest_);
     simd_.row_max(tile, scores_, largest_);
     if (t > 0) simd_.rescale(lanes, old_largest_, largest_, sums_, out_t_, layout_.dim);
     simd_.softmax(tile, scores_, largest_, sums_, p_);
-    tile_product(
-        layout_.dim, lanes, depth<Tile>(keys), v_left_ + first * layout_.row_size, key_tiles_.size, p_, lanes, out_t_,
-        lanes, t > 0);
+    tile_product(layout_.dim, lanes, depth<Tile>(keys), v_left_ + first * layout_.row_size, key_tiles_.size, p_,
+        lanes, out_t_, lanes, t > 0);
   }
 
   void write(const Unit& unit, int64_t begin) {
@@ -174,9 +171,8 @@ class Forward {
 };
 
 template <typename Io, typename Tile>
-void forward(
-    const Layout& layout, const Tables& tables, const at::Tensor& qkv, const at::Tensor& pad, const at::Tensor& out,
-    const at::Tensor& lse) {
+void forward(const Layout& layout, const Tables& tables, const at::Tensor& qkv, const at::Tensor& pad,
+    const at::Tensor& out, const at::Tensor& lse) {
   const PackedTables<Io, Tile> packed(layout, tables);
   // Several tasks a unit only where there are few units: each packs the unit's keys again. A query's result
   // does not depend on the cut.
@@ -184,20 +180,20 @@ void forward(
   const int64_t most = Tiling(layout.keys, kQueryTile).count;
   const int64_t parts = std::clamp<int64_t>((4 * at::get_num_threads() + units - 1) / units, 1, most);
   const int64_t heads_at_once = std::clamp<int64_t>(units / (8 * at::get_num_threads()), 1, layout.heads);
-  run_tasks(units * parts, heads_at_once, [&] {
-    return Forward<Io, Tile>(layout, tables, packed, qkv, pad, out, lse, parts);
-  });
+  run_tasks(units * parts, heads_at_once,
+      [&] { return Forward<Io, Tile>(layout, tables, packed, qkv, pad, out, lse, parts); });
 }
 
-std::tuple<at::Tensor, at::Tensor> rel_pos_attention_forward(
-    const at::Tensor& qkv_, const std::optional<at::Tensor>& rel_pos_h, const std::optional<at::Tensor>& rel_pos_w,
+std::tuple<at::Tensor, at::Tensor> rel_pos_attention_forward(const at::Tensor& qkv_,
+    const std::optional<at::Tensor>& rel_pos_h, const std::optional<at::Tensor>& rel_pos_w,
     const std::optional<at::Tensor>& pad_qkv, int64_t num_heads, int64_t window_size, double scale) {
   const at::Tensor qkv = qkv_.stride(3) == 1 ? qkv_ : qkv_.contiguous();
   const Layout layout(qkv, num_heads, window_size, scale);
   const Tables tables(layout, rel_pos_h, rel_pos_w);
   const at::Tensor pad = padding(layout, qkv, pad_qkv);
   at::Tensor out = at::empty({layout.batch, layout.height, layout.width, layout.embed}, qkv.options());
-  at::Tensor lse = at::empty({layout.batch, layout.heads, layout.height, layout.width}, qkv.options().dtype(at::kFloat));
+  at::Tensor lse =
+      at::empty({layout.batch, layout.heads, layout.height, layout.width}, qkv.options().dtype(at::kFloat));
   if (qkv.numel() == 0) return {out, lse};
   if (qkv.scalar_type() == at::kFloat) {
     forward<float, float>(layout, tables, qkv, pad, out, lse);

@@ -23,7 +23,7 @@ namespace rskernels {
 namespace {
 
 constexpr int64_t kEnoughTasks = 24; // fewer units than this are cut into parts
-constexpr int64_t kMostSlices = 64; // partial sums of the tables' gradients
+constexpr int64_t kMostSlices = 64;  // partial sums of the tables' gradients
 
 struct Cut {
   int64_t parts, tasks, slices;
@@ -46,16 +46,17 @@ struct Wanted {
 
 // The tensors of a call. Partial sums have one row per slice or task.
 struct Call {
-  at::Tensor grad, qkv, out, lse, pad;         // in
-  at::Tensor dqkv, table_sums, pad_sums;       // out: (B, H, W, 3D), (slices, entries, dim), (slices, 3D)
-  at::Tensor part_sums;                        // (tasks, 2, keys, dim): dk and dv where units have parts
+  at::Tensor grad, qkv, out, lse, pad;   // in
+  at::Tensor dqkv, table_sums, pad_sums; // out: (B, H, W, 3D), (slices, entries, dim), (slices, 3D)
+  at::Tensor part_sums;                  // (tasks, 2, keys, dim): dk and dv where units have parts
   Wanted wanted;
 };
 
 template <typename Io, typename Tile>
 class Backward {
  public:
-  Backward(const Layout& layout, const Cut& cut, const Tables& tables, const PackedTables<Io, Tile>& packed, const Call& call)
+  Backward(const Layout& layout, const Cut& cut, const Tables& tables, const PackedTables<Io, Tile>& packed,
+      const Call& call)
       : layout_(layout),
         cut_(cut),
         tables_(tables),
@@ -75,7 +76,8 @@ class Backward {
     k_left_ = scratch_.take<Tile>(unit);
     v_rows_ = scratch_.take<Tile>(unit);
     for (float** sums : {&dk_, &dv_}) *sums = scratch_.take<float>(layout.keys * layout.dim);
-    for (Tile** rows : {&do_rows_, &do_right_, &do_pairs_, &q_pairs_}) *rows = scratch_.take<Tile>(kQueryTile * row);
+    for (Tile** rows : {&do_rows_, &do_right_, &do_pairs_, &q_pairs_})
+      *rows = scratch_.take<Tile>(kQueryTile * row);
     const int64_t tile = key_tiles_.size * kQueryTile;
     scores_ = scratch_.take<float>(tile);
     dp_ = scratch_.take<float>(tile);
@@ -160,9 +162,8 @@ class Backward {
     for (int64_t i = 0; i < dim * lanes; ++i) dq_left_[i] *= layout_.scale;
     simd_.transpose(dq_left_, lanes, nullptr, dim, lanes, dq_rows_, row);
     if (tables_.defined()) {
-      tile_product(
-          lanes, dim, depth<Tile>(tables_.entries), grad_rows_, tables_.stride, packed_.of_gradient.data(), row,
-          dq_rows_, row, true);
+      tile_product(lanes, dim, depth<Tile>(tables_.entries), grad_rows_, tables_.stride,
+          packed_.of_gradient.data(), row, dq_rows_, row, true);
     }
     for (int64_t i = 0; i < queries_.count; ++i) {
       Io* to = dqkv_.at(unit, begin + i) + unit.head * dim;
@@ -196,7 +197,8 @@ class Backward {
     const int64_t lanes = queries_.lanes, row = layout_.row_size, dim = layout_.dim;
     const int64_t keys = key_tiles_.length(t), first = key_tiles_.begin(t);
     const int64_t dim_depth = depth<Tile>(dim);
-    tile_product(keys, lanes, dim_depth, k_rows_ + first * row, row, queries_.right, lanes, scores_, lanes, false);
+    tile_product(
+        keys, lanes, dim_depth, k_rows_ + first * row, row, queries_.right, lanes, scores_, lanes, false);
     tile_product(keys, lanes, dim_depth, v_rows_ + first * row, row, do_right_, lanes, dp_, lanes, false);
     GradientTile tile{queries_.scores(first, keys), scores_, dp_, lse_, delta_, grad_h_, grad_w_};
     if (key_tiles_.count == 1) simd_.row_delta(tile, delta_);
@@ -206,9 +208,8 @@ class Backward {
       tile_product(keys, dim, lanes, ds_rows_, lanes, q_by_query_, row, dk_ + first * dim, dim, true);
     }
     if (call_.wanted.qkv) {
-      tile_product(
-          dim, lanes, depth<Tile>(keys), k_left_ + first * row, key_tiles_.size, ds_pairs_, lanes, dq_left_, lanes,
-          t > 0);
+      tile_product(dim, lanes, depth<Tile>(keys), k_left_ + first * row, key_tiles_.size, ds_pairs_, lanes,
+          dq_left_, lanes, t > 0);
     }
   }
 
@@ -303,10 +304,10 @@ void backward(const Layout& layout, const Cut& cut, const Tables& tables, const 
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rel_pos_attention_backward(
-    const at::Tensor& grad, const at::Tensor& qkv_, const at::Tensor& out, const at::Tensor& lse,
-    const OptionalTensor& rel_pos_h, const OptionalTensor& rel_pos_w, const OptionalTensor& pad_qkv,
-    int64_t num_heads, int64_t window_size, double scale, std::array<bool, 4> mask) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rel_pos_attention_backward(const at::Tensor& grad,
+    const at::Tensor& qkv_, const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& rel_pos_h,
+    const OptionalTensor& rel_pos_w, const OptionalTensor& pad_qkv, int64_t num_heads, int64_t window_size,
+    double scale, std::array<bool, 4> mask) {
   const at::Tensor qkv = qkv_.stride(3) == 1 ? qkv_ : qkv_.contiguous();
   const Layout layout(qkv, num_heads, window_size, scale);
   const Tables tables(layout, rel_pos_h, rel_pos_w);
@@ -314,7 +315,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rel_pos_attention_bac
   const auto floats = qkv.options().dtype(at::kFloat);
 
   Call call;
-  call.wanted = {mask[0], mask[1] && tables.defined(), mask[2] && tables.defined(), mask[3] && pad_qkv.has_value()};
+  call.wanted = {
+      mask[0], mask[1] && tables.defined(), mask[2] && tables.defined(), mask[3] && pad_qkv.has_value()};
   call.grad = grad.contiguous();
   call.qkv = qkv;
   call.out = out.contiguous();

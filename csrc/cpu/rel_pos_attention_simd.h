@@ -27,7 +27,8 @@ RSK_INLINE VecF logit(const float* scores, const KeyCursor& key, int64_t lane) {
   const ScoreTile& tile = key.tile;
   const VecF scaled = load(scores + lane) * tile.scale;
   if constexpr (!kBias) return scaled;
-  return scaled + load(tile.rel_h + key.row * tile.lanes + lane) + load(tile.rel_w + key.column * tile.lanes + lane);
+  return scaled + load(tile.rel_h + key.row * tile.lanes + lane) +
+         load(tile.rel_w + key.column * tile.lanes + lane);
 }
 
 template <int kVectors>
@@ -62,8 +63,7 @@ inline void max_block(const ScoreTile& tile, int64_t lane, const float* scores, 
 // exp(logit - shift). The difference comes first: it is exact where it matters, near 0. Probabilities that are
 // rounded to bf16 need a polynomial of degree 3 only.
 template <bool kBias, int kDegree, int kVectors>
-RSK_INLINE void exp_key(
-    const float* scores, const KeyCursor& key, int64_t lane, const VecF (&shift)[kVectors],
+RSK_INLINE void exp_key(const float* scores, const KeyCursor& key, int64_t lane, const VecF (&shift)[kVectors],
     VecF (&result)[kVectors]) {
   for (int v = 0; v < kVectors; ++v) {
     result[v] = exp2<kDegree>((logit<kBias>(scores, key, lane + v * kLanes) - shift[v]) * kLog2e);
@@ -89,9 +89,8 @@ inline void exp_block(
 
 // The same into pairs of keys in bf16; an odd last key is paired with zeros.
 template <bool kBias, int kVectors>
-inline void exp_block(
-    const ScoreTile& tile, int64_t lane, const float* scores, const float* largest, float* sums,
-    c10::BFloat16* out) {
+inline void exp_block(const ScoreTile& tile, int64_t lane, const float* scores, const float* largest,
+    float* sums, c10::BFloat16* out) {
   VecF shift[kVectors], total[kVectors], even[kVectors], odd[kVectors];
   load_all(largest + lane, shift);
   for (int v = 0; v < kVectors; ++v) total[v] = VecF{};
@@ -113,7 +112,8 @@ inline void exp_block(
 }
 
 // After the maxima grew: what was summed under the old ones shrinks by exp(old - new).
-inline void rescale(int64_t lanes, const float* old_largest, const float* largest, float* sums, float* out, int64_t rows) {
+inline void rescale(
+    int64_t lanes, const float* old_largest, const float* largest, float* sums, float* out, int64_t rows) {
   bool grew = false;
   for (int64_t q = 0; q < lanes; ++q) grew |= !(old_largest[q] == largest[q]);
   if (!grew) return;
@@ -145,9 +145,9 @@ inline void delta_block(const GradientTile& tile, int64_t lane, float* delta) {
 
 // One key of the backward pass: p = exp(logit - lse), ds = p * (dp - delta), and ds added to its two biases.
 template <bool kBias, int kDegree, int kVectors>
-RSK_INLINE void gradient_key(
-    const GradientTile& tile, const float* scores, const float* dp, const KeyCursor& key, int64_t lane,
-    const VecF (&lse)[kVectors], const VecF (&delta)[kVectors], VecF (&p)[kVectors], VecF (&ds)[kVectors]) {
+RSK_INLINE void gradient_key(const GradientTile& tile, const float* scores, const float* dp,
+    const KeyCursor& key, int64_t lane, const VecF (&lse)[kVectors], const VecF (&delta)[kVectors],
+    VecF (&p)[kVectors], VecF (&ds)[kVectors]) {
   exp_key<kBias, kDegree>(scores, key, lane, lse, p);
   for (int v = 0; v < kVectors; ++v) {
     const int64_t at = lane + v * kLanes;
@@ -183,9 +183,8 @@ RSK_INLINE void store_all(c10::BFloat16* to, const VecF (&from)[kVectors]) {
 
 // bf16: ds is a left operand of one product (rows) and a right operand of another (pairs of keys).
 template <bool kBias, int kVectors>
-inline void gradient_block(
-    const GradientTile& tile, int64_t lane, c10::BFloat16* p_rows, c10::BFloat16* ds_rows,
-    c10::BFloat16* ds_pairs) {
+inline void gradient_block(const GradientTile& tile, int64_t lane, c10::BFloat16* p_rows,
+    c10::BFloat16* ds_rows, c10::BFloat16* ds_pairs) {
   VecF lse[kVectors], delta[kVectors], p[kVectors], even[kVectors], odd[kVectors];
   load_all(tile.lse + lane, lse);
   load_all(tile.delta + lane, delta);
@@ -211,15 +210,15 @@ inline void gradient_block(
 }
 
 // Queries go four vectors at a time, the rest one by one. tile.lanes is a multiple of 16.
-#define RSK_FOR_BLOCKS(BLOCK, ...)                                                     \
-  do {                                                                                 \
-    int64_t lane = 0;                                                                  \
-    for (; lane + 4 * kLanes <= tile.lanes; lane += 4 * kLanes) {                      \
+#define RSK_FOR_BLOCKS(BLOCK, ...)                                                                     \
+  do {                                                                                                 \
+    int64_t lane = 0;                                                                                  \
+    for (; lane + 4 * kLanes <= tile.lanes; lane += 4 * kLanes) {                                      \
       tile.rel_h ? BLOCK<true, 4>(tile, lane, __VA_ARGS__) : BLOCK<false, 4>(tile, lane, __VA_ARGS__); \
-    }                                                                                  \
-    for (; lane < tile.lanes; lane += kLanes) {                                        \
+    }                                                                                                  \
+    for (; lane < tile.lanes; lane += kLanes) {                                                        \
       tile.rel_h ? BLOCK<true, 1>(tile, lane, __VA_ARGS__) : BLOCK<false, 1>(tile, lane, __VA_ARGS__); \
-    }                                                                                  \
+    }                                                                                                  \
   } while (false)
 
 inline void row_max(const ScoreTile& tile, const float* scores, float* largest) {
@@ -244,16 +243,16 @@ inline void score_gradient(const GradientTile& tile, Tile* p_rows, Tile* ds_rows
 
 // Transpositions go by whole squares: they may read and write up to 15 values past the end of a row, and rows
 // that are missing from the last square count as zeros. Every buffer of ours has room for it.
-RSK_INLINE void load_square(const float* from, int64_t stride, const int64_t* shift, int64_t rows, VecF (&square)[kLanes]) {
+RSK_INLINE void load_square(
+    const float* from, int64_t stride, const int64_t* shift, int64_t rows, VecF (&square)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {
     square[i] = i < rows ? load(from + i * stride + (shift ? shift[i] : 0)) : VecF{};
   }
 }
 
 // to[c][r] = factor * from[r][c + shift[r]]
-inline void transpose(
-    const float* from, int64_t from_stride, const int64_t* shift, int64_t rows, int64_t columns, float* to,
-    int64_t to_stride) {
+inline void transpose(const float* from, int64_t from_stride, const int64_t* shift, int64_t rows,
+    int64_t columns, float* to, int64_t to_stride) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     for (int64_t c = 0; c < columns; c += kLanes) {
       VecF square[kLanes];
@@ -265,9 +264,8 @@ inline void transpose(
 }
 
 // to[c][r + shift[c]] = from[r][c]
-inline void transpose_into_shifted(
-    const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride,
-    const int64_t* shift) {
+inline void transpose_into_shifted(const float* from, int64_t from_stride, int64_t rows, int64_t columns,
+    float* to, int64_t to_stride, const int64_t* shift) {
   for (int64_t c = 0; c < columns; c += kLanes) {
     for (int64_t r = 0; r < rows; r += kLanes) {
       VecF square[kLanes];
@@ -281,18 +279,18 @@ inline void transpose_into_shifted(
 }
 
 // A left operand: rows become columns. In bf16 pairs of columns travel together and part on arrival.
-inline void transpose_left(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+inline void transpose_left(
+    const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   transpose(from, from_stride, nullptr, rows, columns, to, to_stride);
 }
 
-inline void transpose_left(
-    const c10::BFloat16* from, int64_t from_stride, int64_t rows, int64_t columns, c10::BFloat16* to,
-    int64_t to_stride) {
+inline void transpose_left(const c10::BFloat16* from, int64_t from_stride, int64_t rows, int64_t columns,
+    c10::BFloat16* to, int64_t to_stride) {
   for (int64_t r = 0; r < rows; r += kLanes) {
     for (int64_t c = 0; c < columns; c += 2 * kLanes) {
       VecF square[kLanes];
-      load_square(
-          reinterpret_cast<const float*>(from + r * from_stride + c), from_stride / 2, nullptr, rows - r, square);
+      load_square(reinterpret_cast<const float*>(from + r * from_stride + c), from_stride / 2, nullptr,
+          rows - r, square);
       transpose_square(square);
       for (int64_t i = 0; i < kLanes && c + 2 * i < columns; ++i) {
         c10::BFloat16* pair = to + (c + 2 * i) * to_stride + r;
@@ -304,15 +302,14 @@ inline void transpose_left(
 }
 
 // A right operand: the same, but in bf16 the pairs stay together.
-inline void transpose_right(const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
+inline void transpose_right(
+    const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   transpose(from, from_stride, nullptr, rows, columns, to, to_stride);
 }
 
-inline void transpose_right(
-    const c10::BFloat16* from, int64_t from_stride, int64_t rows, int64_t columns, c10::BFloat16* to,
-    int64_t to_stride) {
-  transpose(
-      reinterpret_cast<const float*>(from), from_stride / 2, nullptr, rows, (columns + 1) / 2,
+inline void transpose_right(const c10::BFloat16* from, int64_t from_stride, int64_t rows, int64_t columns,
+    c10::BFloat16* to, int64_t to_stride) {
+  transpose(reinterpret_cast<const float*>(from), from_stride / 2, nullptr, rows, (columns + 1) / 2,
       reinterpret_cast<float*>(to), to_stride);
 }
 
@@ -321,7 +318,8 @@ inline const float* pair_rows(const float* from, int64_t, int64_t, float*) {
   return from;
 }
 
-inline const c10::BFloat16* pair_rows(const c10::BFloat16* from, int64_t stride, int64_t rows, c10::BFloat16* to) {
+inline const c10::BFloat16* pair_rows(
+    const c10::BFloat16* from, int64_t stride, int64_t rows, c10::BFloat16* to) {
   for (int64_t r = 0; r < rows; r += 2) {
     for (int64_t c = 0; c < stride; c += kLanes) {
       store_pairs(to + r * stride + 2 * c, load(from + r * stride + c), load(from + (r + 1) * stride + c));
@@ -343,6 +341,18 @@ inline float dot(const Io* a, const Io* b, int64_t n) {
 
 template <typename Io, typename Tile>
 inline constexpr AttentionKernels<Io, Tile> kAttentionKernels = {
-    copy_row<Io, Tile>, copy_row<float, Io>, copy_row<float, Tile>, dot<Io>, transpose_left, transpose_right, pair_rows, transpose,
-    transpose_into_shifted, row_max, softmax<Tile>, rescale, row_delta, score_gradient<Tile>,
+    copy_row<Io, Tile>,
+    copy_row<float, Io>,
+    copy_row<float, Tile>,
+    dot<Io>,
+    transpose_left,
+    transpose_right,
+    pair_rows,
+    transpose,
+    transpose_into_shifted,
+    row_max,
+    softmax<Tile>,
+    rescale,
+    row_delta,
+    score_gradient<Tile>,
 };

@@ -99,12 +99,12 @@ RSK_INLINE void store(c10::BFloat16* p, VecF x) {
 RSK_INLINE void store_pairs(c10::BFloat16* p, VecF even, VecF odd) {
 #if RSK_LEVEL >= 3
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
-  const __m512i zip = _mm512_set_epi16(
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-      23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+      6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(zip, halves));
 #else
-  const VecU pairs = __builtin_convertvector(to_bf16(even), VecU) | __builtin_convertvector(to_bf16(odd), VecU) << 16;
+  const VecU pairs = __builtin_convertvector(to_bf16(even), VecU) | __builtin_convertvector(to_bf16(odd), VecU)
+                                                                        << 16;
   store(reinterpret_cast<float*>(p), (VecF)pairs);
 #endif
 }
@@ -125,12 +125,6 @@ inline float sum_lanes(VecF x) {
   float total = 0;
   for (int lane = 0; lane < kLanes; ++lane) total += x[lane];
   return total;
-}
-
-inline float max_lanes(VecF x) {
-  float largest = x[0];
-  for (int lane = 1; lane < kLanes; ++lane) largest = x[lane] > largest || x[lane] != x[lane] ? x[lane] : largest;
-  return largest;
 }
 
 // One butterfly stage of the transposition: in every square of 2 * kStep rows and lanes, swap the two

@@ -166,7 +166,9 @@ def _check(
         )
     if (rel_pos_h is None) != (rel_pos_w is None):
         given, missing = ("rel_pos_w", "rel_pos_h") if rel_pos_h is None else ("rel_pos_h", "rel_pos_w")
-        raise ValueError(f"rel_pos_attention: {given} is given and {missing} is None; expected both or neither")
+        raise ValueError(
+            f"rel_pos_attention: {given} is given and {missing} is None; expected both or neither"
+        )
     head_dim = qkv.shape[3] // (3 * num_heads)
     for side, name in zip(_window(qkv, window_size), ("rel_pos_h", "rel_pos_w"), strict=True):
         table = tensors[name]
@@ -330,9 +332,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     if grad is None:
         return (None,) * 7
     mask = list(ctx.needs_input_grad[:4])
-    gradients = _attention_backward(
-        grad, *ctx.saved_tensors, ctx.num_heads, ctx.window_size, ctx.scale, mask
-    )
+    gradients = _attention_backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.window_size, ctx.scale, mask)
     wanted = [g if needed else None for g, needed in zip(gradients, mask, strict=True)]
     return (*wanted, None, None, None)
 

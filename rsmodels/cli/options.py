@@ -19,6 +19,9 @@ import jsonargparse
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+# Names that are short for another. Not the other way round: `torchrun train.py --run DIR` never arrives here,
+# for torchrun itself finds --run ambiguous (its own --run-path), whatever stands before it.
+ALIASES = {"--run": "--run_dir"}
 NUMBERS = re.compile(r"-?\d+(,-?\d+)+")
 BOOLEANS = ("true", "false")
 
@@ -79,6 +82,7 @@ def _normalise(parser: Parser, arguments: Sequence[str]) -> list[str]:
             continue
         written, equals, value = argument.partition("=")
         option = "--" + written[2:].replace("-", "_")
+        option = ALIASES.get(option, option)
         action = actions.get(option) or _dictionary(actions, option)
         if action is None:
             raise UsageError(f"option {written} is not known; {_nearest(written, actions)}")

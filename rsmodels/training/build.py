@@ -28,15 +28,15 @@ MOST_READERS = 4
 
 def run_folder(config: TrainConfig) -> Path:
     """The run's folder, which must not hold another run unless this one resumes."""
-    folder = Path(str(config.run))
+    folder = Path(str(config.run_dir))
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--run {folder}: is a file; give a folder")
+        raise ValueError(f"--run-dir {folder}: is a file; give a folder")
     newest = next(iter(newest_first(folder / "checkpoints")), None)
     # A run that ended before its first checkpoint left nothing to lose.
     if config.resume is None and (newest is not None or (folder / "best").exists()):
         found = newest.name if newest else "best"
         raise ValueError(
-            f"--run {folder}: already holds a run ({found}); go on with --resume auto or choose another --run"
+            f"--run-dir {folder}: already holds a run ({found}); go on with --resume auto or choose another --run-dir"
         )
     return folder
 
@@ -174,7 +174,7 @@ def check_same_model(path: Path, before: dict[str, Any], now: dict[str, Any]) ->
         if before.get(key) != now[key]:
             raise ValueError(
                 f"{path}: was written with {key} {before.get(key)}, this run has {now[key]}; resume with the "
-                "options it was started with (config.yaml), or start anew in another --run"
+                "options it was started with (config.yaml), or start anew in another --run-dir"
             )
 
 

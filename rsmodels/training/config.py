@@ -80,8 +80,9 @@ class TrainConfig:
     num_workers: int | None = None
     """Processes per rank that read data ahead (default: the cores of this rank less one, at most 4)."""
 
-    run: str | None = None
-    """Folder of the run (default: runs/DATA-MODEL)."""
+    run_dir: str | None = None
+    """Folder of the run (default: runs/DATA-MODEL). Plain --run means the same, but torchrun takes that for an
+    abbreviation of an option of its own."""
     steps: int | None = None
     """Optimiser steps (default: see --epochs)."""
     epochs: float | None = None
@@ -142,7 +143,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     epochs = config.epochs
     if config.steps is None and epochs is None:
         epochs = 5.0 if config.data == "synthetic" else 200.0
-    return replace(config, model=model, epochs=epochs, run=config.run or f"runs/{config.data}-{model}")
+    return replace(config, model=model, epochs=epochs, run_dir=config.run_dir or f"runs/{config.data}-{model}")
 
 
 def _check_choice(option: str, value: str, choices: Iterable[str]) -> None:

@@ -188,9 +188,7 @@ def test_reference_gradcheck(window: int) -> None:
     arguments = rounded(case.arguments(), torch.float64)
 
     def call(qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, pad: Tensor | None) -> Tensor:
-        return rel_pos_attention(
-            qkv, rel_pos_h, rel_pos_w, num_heads=2, window_size=window, pad_qkv=pad
-        )
+        return rel_pos_attention(qkv, rel_pos_h, rel_pos_w, num_heads=2, window_size=window, pad_qkv=pad)
 
     assert torch.autograd.gradcheck(call, arguments)
     assert torch.autograd.gradgradcheck(call, arguments)
@@ -293,7 +291,11 @@ def test_nan_key_spoils_every_row_that_sees_it() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "case",
-    [Case(height=33, width=40, heads=3), Case(height=20, width=20, window=7), Case(heads=1, height=40, width=40)],
+    [
+        Case(height=33, width=40, heads=3),
+        Case(height=20, width=20, window=7),
+        Case(heads=1, height=40, width=40),
+    ],
     ids=str,
 )
 def test_same_bits_on_every_run_and_number_of_threads(case: Case, dtype: torch.dtype) -> None:
@@ -365,7 +367,9 @@ def test_compiles_whole(dynamic: bool) -> None:
         torch.testing.assert_close(out, expected)
         parameters = list(block.parameters())
         gradients = torch.autograd.grad(out.square().sum(), parameters)
-        for value, truth in zip(gradients, torch.autograd.grad(expected.square().sum(), parameters), strict=True):
+        for value, truth in zip(
+            gradients, torch.autograd.grad(expected.square().sum(), parameters), strict=True
+        ):
             torch.testing.assert_close(value, truth)
     torch.compiler.reset()
 
@@ -437,7 +441,12 @@ def test_bad_arguments(message: str) -> None:
 
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
-ONEDNN_LEVELS = {"baseline": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE", "avx512_bf16": "AVX512_CORE_BF16"}
+ONEDNN_LEVELS = {
+    "baseline": "SSE41",
+    "avx2": "AVX2",
+    "avx512": "AVX512_CORE",
+    "avx512_bf16": "AVX512_CORE_BF16",
+}
 
 
 @needs_cpp

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+from torch.distributed.run import get_args_parser
 
 import rsmodels
 from rsmodels.cli import commands, main
@@ -81,6 +82,19 @@ def test_both_spellings_nested_options_flags_and_lists() -> None:
     assert tuple(config.bands or ()) == (3, 2, 1)
     assert parse("train", "train", commands.train, ["--debug", "false"]).debug is False
     assert parse("train", "train", commands.train, ["--debug=true"]).debug is True
+
+
+def test_torchrun_lets_every_option_of_train_pass(capsys: pytest.CaptureFixture) -> None:
+    """torchrun's parser also looks at what follows the script, and finds some words ambiguous (--run)."""
+    assert main(["train", "--help"]) == 0
+    words = [word.strip("[],") for word in capsys.readouterr().out.split()]
+    for option in {word for word in words if word.startswith("--")}:
+        ours = [option, "value"]
+        assert get_args_parser().parse_args(["train.py", *ours]).training_script_args == ours
+
+
+def test_run_is_short_for_run_dir() -> None:
+    assert parse("train", "train", commands.train, ["--run", "runs/x"]).run_dir == "runs/x"
 
 
 def test_dictionaries_and_positional_words() -> None:

@@ -31,7 +31,7 @@ def small_config(run: Path, *, lr: float = 1e-3, clip: float = 1.0, **options: A
         "device": "cpu",
         "report": False,
     }
-    return TrainConfig(run=str(run), optim=OptimConfig(lr=lr, clip=clip), **{**defaults, **options})
+    return TrainConfig(run_dir=str(run), optim=OptimConfig(lr=lr, clip=clip), **{**defaults, **options})
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def test_what_is_wrong_is_said_in_one_line(options: dict[str, Any], expected: st
 def test_defaults_train_the_tiny_model_on_synthetic_data() -> None:
     config = resolve(TrainConfig())
     assert (config.model, config.data, config.epochs) == ("rs_sam_tiny", "synthetic", 5.0)
-    assert config.run == "runs/synthetic-rs_sam_tiny"
+    assert config.run_dir == "runs/synthetic-rs_sam_tiny"
 
 
 def test_real_data_gets_the_papers_model_and_length() -> None:

@@ -167,7 +167,7 @@ def test_ctrl_c_on_one_rank_stops_all_after_a_checkpoint(tmp_path: Path) -> None
         sys.executable,
         str(ROOT / "train.py"),
         *options.split(),
-        "--run",
+        "--run-dir",
         str(run),
         "--num-workers",
         "1",

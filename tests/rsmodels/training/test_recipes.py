@@ -56,7 +56,7 @@ def test_recipe_takes_a_step_with_the_tiny_model(recipe: Path, tmp_path: Path) -
         optim=replace(config.optim, warmup=0),
         loader=LoaderConfig(cache=True),
         num_workers=0,
-        run=str(tmp_path / "run"),
+        run_dir=str(tmp_path / "run"),
         device="cpu",
         report=False,
     )

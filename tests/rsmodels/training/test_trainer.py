@@ -202,7 +202,7 @@ def test_a_loss_that_is_not_finite_names_step_tiles_and_checkpoint(
     with pytest.raises(NonFiniteLossError) as error:
         train(config)
     text = str(error.value)
-    run = Path(str(config.run))
+    run = Path(str(config.run_dir))
     assert text.startswith("step ") and poisoned in text and "the loss is nan" in text and "\n" not in text
     bad = int(text.split()[1].rstrip(":"))
     assert len(text.split("tiles: ")[1].split("; ")[0].split(", ")) == 4
@@ -304,7 +304,7 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(
     config = make_config(steps=50)
     with pytest.raises(KeyboardInterrupt):
         train(config)
-    newest = newest_first(Path(str(config.run)) / "checkpoints")[0]
+    newest = newest_first(Path(str(config.run_dir)) / "checkpoints")[0]
     assert newest.name == "step-3"
     assert f"stopped after step 3, {newest} is written; --resume auto" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
