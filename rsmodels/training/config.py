@@ -81,8 +81,7 @@ class TrainConfig:
     """Processes per rank that read data ahead (default: the cores of this rank less one, at most 4)."""
 
     run_dir: str | None = None
-    """Folder of the run (default: runs/DATA-MODEL). Plain --run means the same, but torchrun takes that for an
-    abbreviation of an option of its own."""
+    """Folder of the run (default: runs/DATA-MODEL)."""
     steps: int | None = None
     """Optimiser steps (default: see --epochs)."""
     epochs: float | None = None
