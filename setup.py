@@ -6,6 +6,7 @@ without torch, or when compiling fails, one line says what is missing and the pl
 serves every operator. RSKERNELS_REQUIRE_EXT=1 turns these lines into errors (for CI and packagers).
 """
 
+import logging
 import os
 import shutil
 import sys
@@ -39,6 +40,8 @@ def extension_arguments() -> dict:
         give_up(f"no C++ compiler ({missing}) on PATH; install one and run pip install again")
         return {}
     os.environ.setdefault("CXX", compiler)
+    # Its warnings are about CUDA, which this extension does not use.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:

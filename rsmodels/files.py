@@ -34,7 +34,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield temporary
         except OSError as error:
             # A full disk reports no file: name the one that could not be written.
-            if error.filename is None:
+            if error.errno is not None and error.filename is None:
                 error.filename = str(target)
             raise
         # mkstemp makes files private to the user; results should follow the umask like any other file.

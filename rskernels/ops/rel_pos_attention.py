@@ -161,8 +161,8 @@ def _check(
         )
     if qkv.dim() != 4 or 0 in qkv.shape[1:] or qkv.shape[3] % (3 * num_heads) != 0:
         raise ValueError(
-            f"rel_pos_attention: qkv has shape {tuple(qkv.shape)}; expected (B, H, W, 3·D), nothing empty but "
-            f"the batch, with D divisible by {num_heads} heads"
+            f"rel_pos_attention: qkv has shape {tuple(qkv.shape)}; expected (B, H, W, 3·D), nothing empty "
+            f"but the batch, with D divisible by {num_heads} heads"
         )
     if (rel_pos_h is None) != (rel_pos_w is None):
         given, missing = ("rel_pos_w", "rel_pos_h") if rel_pos_h is None else ("rel_pos_h", "rel_pos_w")
@@ -179,8 +179,8 @@ def _check(
             )
     if pad_qkv is not None and tuple(pad_qkv.shape) != (qkv.shape[3],):
         raise ValueError(
-            f"rel_pos_attention: pad_qkv has shape {tuple(pad_qkv.shape)}; expected ({qkv.shape[3]},), the last "
-            "dimension of qkv"
+            f"rel_pos_attention: pad_qkv has shape {tuple(pad_qkv.shape)}; expected ({qkv.shape[3]},), "
+            "the last dimension of qkv"
         )
     if scale is not None and not abs(scale) < float("inf"):
         raise ValueError(f"rel_pos_attention: scale is {scale}; expected a finite number or None")

@@ -36,7 +36,7 @@ def run_folder(config: TrainConfig) -> Path:
     if config.resume is None and (newest is not None or (folder / "best").exists()):
         found = newest.name if newest else "best"
         raise ValueError(
-            f"--run-dir {folder}: already holds a run ({found}); go on with --resume auto or choose another --run-dir"
+            f"--run-dir {folder}: already holds a run ({found}); go on with --resume auto, or choose another"
         )
     return folder
 

@@ -142,7 +142,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     epochs = config.epochs
     if config.steps is None and epochs is None:
         epochs = 5.0 if config.data == "synthetic" else 200.0
-    return replace(config, model=model, epochs=epochs, run_dir=config.run_dir or f"runs/{config.data}-{model}")
+    return replace(
+        config, model=model, epochs=epochs, run_dir=config.run_dir or f"runs/{config.data}-{model}"
+    )
 
 
 def _check_choice(option: str, value: str, choices: Iterable[str]) -> None:

@@ -20,12 +20,14 @@ needs_cpp = pytest.mark.skipif(
     "cpp" in dispatch.UNAVAILABLE, reason=f"no C++ backend: {dispatch.UNAVAILABLE.get('cpp')}"
 )
 NAMES = ("out", "qkv", "rel_pos_h", "rel_pos_w", "pad_qkv")
+# A gradient below this share of its terms (see terms()) is rounding: its error is measured against that share.
+CANCELLED = 0.5
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call: grid (B, H, W), heads, head dim, window side (0: global), with or without tables and padding."""
+    """A call: grid, heads, head dim, window side (0: global), with or without tables and pad_qkv."""
 
     batch: int = 1
     height: int = 9
@@ -113,7 +115,7 @@ def compare(case: Case, dtype: torch.dtype) -> None:
             assert value is None, name
             continue
         assert value.dtype == dtype and value.shape == truth.shape, name
-        size = floor.norm().item()
+        size = CANCELLED * floor.norm().item()
         bound = max(BOUND[dtype], 2 * relative_error(eager, truth, size))
         assert relative_error(value, truth, size) < bound, (name, case)
 
@@ -414,7 +416,7 @@ BAD = {
     "qkv is torch.int64": (TypeError, {"qkv": torch.ones(1, 4, 4, 96, dtype=torch.int64)}),
     r"qkv has shape \(4, 4, 96\)": (ValueError, {"qkv": torch.ones(4, 4, 96)}),
     r"divisible by 2 heads": (ValueError, {"qkv": torch.ones(1, 4, 4, 99)}),
-    "nothing empty": (ValueError, {"qkv": torch.ones(1, 0, 4, 96)}),
+    "nothing empty but": (ValueError, {"qkv": torch.ones(1, 0, 4, 96)}),
     r"rel_pos_h has shape \(5, 16\); expected \(7, 16\)": (ValueError, {"rel_pos_h": torch.ones(5, 16)}),
     r"rel_pos_w has shape \(7, 8\); expected \(7, 16\)": (ValueError, {"rel_pos_w": torch.ones(7, 8)}),
     "expected both or neither": (ValueError, {"rel_pos_h": None}),
