@@ -20,7 +20,7 @@ needs_cpp = pytest.mark.skipif(
     "cpp" in dispatch.UNAVAILABLE, reason=f"no C++ backend: {dispatch.UNAVAILABLE.get('cpp')}"
 )
 NAMES = ("out", "qkv", "rel_pos_h", "rel_pos_w", "pad_qkv")
-# A gradient below this share of its terms (see terms()) is rounding: its error is measured against that share.
+# A gradient below this share of its terms (see terms()) is mostly rounding: that share measures its error.
 CANCELLED = 0.5
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
