@@ -6,18 +6,21 @@ Candidates therefore take turns (A B C, A B C, ...) and what is published is the
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
 
@@ -77,14 +80,25 @@ def disagreement(case: Case, calls: Mapping[str, Call]) -> dict[str, float]:
 def _peak_of(build: Callable[[], Mapping[str, Call]], name: str, threads: int, queue) -> None:
     torch.set_num_threads(threads)
     call = build()[name]
+    call()  # what is loaded or compiled once is not what a call costs
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ctypes.CDLL(None).malloc_trim(0)
+    CLEAR_REFS.write_text("5")  # the peak starts anew from here
+    before = _resident_peak()
     call()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    queue.put(_resident_peak() - before)
 
 
-def peak_bytes(case: Case, name: str) -> int:
-    """Bytes by which one call raises the peak resident memory of a fresh process (code it loads included)."""
+def _resident_peak() -> int:
+    """Peak resident bytes of this process. (getrusage would do, but for inheriting the parent's peak.)"""
+    lines = STATUS.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def peak_bytes(case: Case, name: str) -> int | None:
+    """Bytes by which one call, warmed up, raises the peak memory of a fresh process; None outside Linux."""
+    if not CLEAR_REFS.exists():
+        return None
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_peak_of, args=(case.build, name, torch.get_num_threads(), queue))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import timm
 import torch
@@ -11,14 +13,18 @@ from torch import Tensor
 import rskernels
 import rsmodels
 from benchmarks.measure import Call, Case
+from rsmodels.encoders.sam_vit import sam_vit_b
 
 
 def _build_encoder(size: int, dtype: torch.dtype) -> dict[str, Call]:
     torch.manual_seed(0)
     theirs = timm.create_model("samvit_base_patch16", img_size=size, num_classes=0).eval().to(dtype)
-    ours = rsmodels.create_backbone("sam_vit_b", out_indices=(11,), image_size=size).eval()
-    rsmodels.weights.load_encoder(ours, theirs.state_dict())
-    ours = ours.to(dtype)
+    ours = sam_vit_b(image_size=size)
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder) / "encoder.pth")
+        torch.save(theirs.state_dict(), path)
+        ours.load_pretrained(path)
+    ours = ours.eval().to(dtype)
     images = torch.randn(1, 3, size, size).to(dtype)
 
     def run_theirs() -> Tensor:
@@ -27,7 +33,7 @@ def _build_encoder(size: int, dtype: torch.dtype) -> dict[str, Call]:
 
     def run_ours() -> Tensor:
         with torch.no_grad():
-            return ours(images)[-1]
+            return ours(images)
 
     return {"rskernels": run_ours, "timm eager": run_theirs}
 

@@ -41,7 +41,8 @@ def run_case(case: Case, peaks: dict[str, float], memory: bool) -> dict[str, obj
         row["share_of_peak"] = case.flops / ours / peaks[str(case.dtype)[6:]]
     del calls
     if memory:
-        row["peak_mib"] = {name: peak_bytes(case, name) / 2**20 for name in times}
+        peaks_of = {name: peak_bytes(case, name) for name in times}
+        row["peak_mib"] = {name: value / 2**20 for name, value in peaks_of.items() if value is not None}
     return row
 
 

@@ -98,7 +98,7 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise ValueError(
-            f"{source}: no such file, and a hub id needs huggingface_hub; pip install 'rsmodels[hub]'"
+            f"{source}: no such file, and a hub id needs huggingface_hub; pip install huggingface_hub"
         ) from None
     try:
         return Path(hf_hub_download(f"{owner}/{name}", filename or "model.safetensors"))

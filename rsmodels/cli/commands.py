@@ -11,11 +11,13 @@ import torch
 
 from rsmodels.data import check_dataset
 from rsmodels.evaluation import evaluate as evaluation
+from rsmodels.evaluation.inference import pick_device
 from rsmodels.evaluation.report import table
 from rsmodels.predict import PredictConfig, predict_scenes
 from rsmodels.registry import create_model, list_models, parameter_counts
 from rsmodels.training import trainer
 from rsmodels.training.config import TrainConfig
+from rsmodels.training.parallel import processes
 
 
 @dataclass
@@ -54,9 +56,12 @@ def train(config: TrainConfig) -> int:
 
 
 def evaluate(config: evaluation.EvaluateConfig) -> int:
-    result = evaluation.evaluate(config)
-    print(table(result.metrics))
-    print(f"report: {evaluation.report_folder(config) / 'index.html'}")
+    pick_device(config.device)  # what is wrong with it, said before the ranks meet
+    with processes(config.device) as ranks:
+        result = evaluation.evaluate(config)
+        if ranks.main:
+            print(table(result.metrics))
+            print(f"report: {evaluation.report_folder(config) / 'index.html'}")
     return 0
 
 

@@ -22,7 +22,8 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 # Names that are short for another. Not the other way round: `torchrun train.py --run DIR` never arrives here,
 # for torchrun itself finds --run ambiguous (its own --run-path), whatever stands before it.
 ALIASES = {"--run": "--run_dir"}
-NUMBERS = re.compile(r"-?\d+(,-?\d+)+")
+_NUMBER = r"-?\d+(\.\d*)?(e-?\d+)?"
+NUMBERS = re.compile(rf"{_NUMBER}(,{_NUMBER})+")
 BOOLEANS = ("true", "false")
 
 

@@ -146,8 +146,9 @@ def _check_groups(groups: dict[str, list[str]]) -> None:
 def _names(value: str | Sequence[str] | None) -> list[str]:
     if value is None:
         return []
-    names = value.split(",") if isinstance(value, str) else list(value)
-    return [name.strip().strip("/") for name in names if name.strip()]
+    # The command line reads groups named 2017,2018 as numbers.
+    names = value if isinstance(value, (list, tuple)) else str(value).split(",")
+    return [str(name).strip().strip("/") for name in names if str(name).strip()]
 
 
 def _no_layout(folder: Path, split: str) -> Exception:

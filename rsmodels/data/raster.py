@@ -135,8 +135,10 @@ class Scene:
             low, middle, high = np.percentile(sample, (2, 50, 98), axis=1)
             if scale == "auto":
                 # The 2nd and 98th percentiles of a normal distribution: two standard deviations off its mean.
-                gain = 4 * std / np.maximum(high - low, 1e-6)
-                offset = mean - 2 * std - low * gain
+                # A band of one value has no range to stretch: it goes to the mean.
+                varies = high > low
+                gain = np.where(varies, 4 * std / np.where(varies, high - low, 1), 1)
+                offset = np.where(varies, mean - 2 * std - low * gain, mean - middle)
             far = np.abs(middle * gain + offset - mean) > 4 * std
             # 0..1 where the model knows 0..255 is not far by that measure, but it is all but black.
             black = (high >= 0) & (high * gain < 0.05 * mean)

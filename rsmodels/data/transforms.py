@@ -27,6 +27,16 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
     """Join samples; tensors are stacked where all tiles are of one size, and kept as lists otherwise."""
     if not samples:
         raise ValueError("a batch needs at least one sample")
+    check_same_bands(samples)
+    batch: Batch = {key: [sample[key] for sample in samples] for key in samples[0]}
+    if len({sample["mask"].shape for sample in samples}) == 1:
+        batch["image"] = torch.stack(batch["image"])
+        batch["mask"] = torch.stack(batch["mask"])
+    return batch
+
+
+def check_same_bands(samples: Sequence[dict[str, Any]]) -> None:
+    """Samples that differ in their number of bands are a ValueError that names two of them."""
     channels = samples[0]["image"].shape[0]
     for sample in samples:
         if sample["image"].shape[0] != channels:
@@ -34,11 +44,6 @@ def collate(samples: Sequence[dict[str, Any]]) -> Batch:
                 f"{sample['name']} has {sample['image'].shape[0]} bands, {samples[0]['name']} {channels}; "
                 "choose common bands with `bands`"
             )
-    batch: Batch = {key: [sample[key] for sample in samples] for key in samples[0]}
-    if len({sample["mask"].shape for sample in samples}) == 1:
-        batch["image"] = torch.stack(batch["image"])
-        batch["mask"] = torch.stack(batch["mask"])
-    return batch
 
 
 # ---------------------------------------------------------------------------------------------- geometry

@@ -142,7 +142,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     dtype = pick_dtype(config.dtype, device)
     model, info = load_model(config.model, device=device)
     dataset = _open_dataset(config, model.preprocessing)
-    if tuple(info["classes"]) != dataset.schema.classes:
+    # A model saved without class names is held against their number alone.
+    if info.get("classes") and tuple(info["classes"]) != dataset.schema.classes:
         raise ValueError(
             f"{config.model}: trained on the classes {', '.join(info['classes'])}; data set {config.data!r} "
             f"has {', '.join(dataset.schema.classes)}: evaluate on data of the model's classes"

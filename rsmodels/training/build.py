@@ -54,6 +54,23 @@ def open_split(config: TrainConfig, split: str) -> SegmentationDataset:
     return dataset
 
 
+def report_split(config: TrainConfig) -> tuple[str, str]:
+    """The split that the final report looks at, and where that is not test, why.
+
+    Asked before the first step: a run of days must not end in an error about its report.
+    """
+    try:
+        found = len(
+            create_dataset(config.data, root=config.root, split="test", strict=False, **config.data_args)
+        )
+    except FileNotFoundError as error:
+        return "val", str(error)
+    if not found:
+        return "val", "the test split is empty"
+    open_split(config, "test")  # whatever else is wrong with it is an error now
+    return "test", ""
+
+
 def share_of_batch(config: TrainConfig, world: int) -> int:
     """Tiles that one rank passes through the model at a time."""
     parts = world * config.accumulate

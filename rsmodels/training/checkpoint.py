@@ -44,13 +44,16 @@ class Checkpoints:
         self.folder = run / "checkpoints"
         self.ranks = ranks
         self.keep = keep
+        # Not whether the folder exists: a run that ended before its first step-N may have left other weights.
+        self.has_frozen = False
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> Path:
         """Write step-N, whole or not at all, then drop the oldest beyond `keep`, and any later step."""
-        if not (self.folder / FROZEN).exists():
+        if not self.has_frozen:
             self._write(self.folder / FROZEN, _frozen_tensors(model), {})
+            self.has_frozen = True
         target = self.folder / f"step-{step}"
         self._write(target, _trained_tensors(model, optimizer), {"step": step, **state})
         with self.ranks.together():
@@ -69,6 +72,7 @@ class Checkpoints:
         start_moments(optimizer, step)
         self._read(path.parent / FROZEN, _frozen_tensors(model))
         self._read(path, _trained_tensors(model, optimizer))
+        self.has_frozen = path.parent.resolve() == self.folder.resolve()
 
     def _write(self, target: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         temporary = target.with_name(target.name + ".tmp")

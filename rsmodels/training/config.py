@@ -43,7 +43,7 @@ class LoaderConfig:
     flip: bool = False
     """Mirror training tiles at random, left to right and top to bottom."""
     photometric: bool = False
-    """Change brightness, contrast and saturation of 8-bit training tiles at random."""
+    """Change brightness, contrast and saturation of training tiles at random."""
     cache: bool = False
     """Keep decoded tiles in memory; every worker process keeps its own."""
     normalize: Literal["model", "dataset"] = "model"

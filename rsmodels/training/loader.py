@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rsmodels.data import IGNORE, SegmentationDataset
 from rsmodels.data.transforms import (
     Batch,
+    check_same_bands,
     collate,
     fit_to_size,
     photometric,
@@ -45,14 +46,16 @@ class Tiles(Dataset):
         """A whole batch. What goes wrong is returned, not raised: a reader process would wrap a clear line
         into its traceback; `batches` raises it in the trainer."""
         try:
-            parts = [self._prepare(sample) for sample in samples]
+            raw = [self._read(sample.tile) for sample in samples]
+            check_same_bands(raw)
+            parts = [self._prepare(*pair) for pair in zip(samples, raw, strict=True)]
             return {key: _join([part[key] for part in parts]) for key in parts[0]}
         except (OSError, ValueError) as error:
             return error
 
-    def _prepare(self, sample: Sample) -> Batch:
+    def _prepare(self, sample: Sample, raw: dict[str, Any]) -> Batch:
         """One sample as a batch of one."""
-        batch = collate([self._read(sample.tile)])
+        batch = collate([raw])
         if self.seed is None:
             batch = fit_to_size(batch, self.size)
             return batch if sample.counts else {**batch, "mask": torch.full_like(batch["mask"], IGNORE)}
@@ -84,6 +87,9 @@ def make_loader(tiles: Tiles, sampler: Sampler, *, workers: int, device: torch.d
         persistent_workers=workers > 0,
         worker_init_fn=detach_reader if workers else None,
         pin_memory=device.type == "cuda",
+        # Without one of its own it draws from the global generator when it starts: in another step, and so
+        # with other numbers for the model, in a run that resumes.
+        generator=torch.Generator(),
     )
 
 

@@ -83,6 +83,7 @@ class Trainer:
             resume_from = candidates(config.resume, self.folder) if config.resume else []
             self.train_set = build.open_split(config, "train")
             self.val_set = build.open_split(config, "val")
+            self.report_split, no_test = build.report_split(config) if config.report else ("test", "")
             self.share = build.share_of_batch(config, ranks.world)
             self.steps = build.number_of_steps(config, len(self.train_set))
             self.warmup = build.warmup_steps(config, self.steps)
@@ -102,6 +103,8 @@ class Trainer:
         self.first_step = 0
         self.best = {"loss": math.inf, "step": 0}
         notes = self._resume(resume_from) if resume_from else []
+        if no_test:
+            notes.append(f"the report will look at the validation images: {no_test}")
 
         with ranks.together():
             if ranks.main:
@@ -150,7 +153,9 @@ class Trainer:
             except DamagedCheckpointError as error:
                 notes.append(f"{error}; taking the checkpoint before it")
                 continue
-            self.first_step, self.best = state["step"], state["best"]
+            self.first_step = state["step"]
+            if (self.folder / "best").is_dir():  # a run that goes on in another folder has none yet
+                self.best = state["best"]
             self.model.base_weights = state["base_weights"]
             tuning.restore(state["kernels"]["tuning"])
             self.model.preprocessing = Preprocessing(**state["preprocessing"])
@@ -332,7 +337,7 @@ class Trainer:
                 data=config.data,
                 root=config.root,
                 data_args=config.data_args,
-                split="test" if "test" in type(self.train_set).splits else "val",
+                split=self.report_split,
                 bands=config.bands,
                 batch_size=self.share,
                 device=config.device,

@@ -235,7 +235,7 @@ def test_hub_id_without_the_package(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="huggingface_hub") as error:
         weights.resolve("timm/samvit_base_patch16.sa1b")
-    one_line(error, "pip install 'rsmodels[hub]'")
+    one_line(error, "pip install huggingface_hub")
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,13 @@ def test_groups_go_to_the_splits_by_name(tmp_path):
     assert create_dataset("folder", root=tmp_path, split="test", **options)[0]["domain"] == "c"
 
 
+def test_groups_may_be_named_by_numbers(tmp_path):
+    for group in ("2017", "2018"):
+        write_group(tmp_path / group, 2)
+    write_classes(tmp_path)
+    assert names(tmp_path, "test", train=2017, test=[2018]) == ["2018/0", "2018/1"]
+
+
 def test_groups_without_a_choice_are_listed(tmp_path):
     write_group(tmp_path / "tile1")
     write_group(tmp_path / "tile2")

@@ -94,6 +94,14 @@ def test_auto_scale_meets_the_models_statistics(write: Write) -> None:
     np.testing.assert_allclose(found.std((1, 2)), STD, rtol=0.1)
 
 
+def test_auto_scale_leaves_a_band_of_one_value_finite(write: Write) -> None:
+    scene = np.zeros((3, 60, 60), np.uint8)
+    scene[:, 30, 30] = 200  # outside the percentiles: no range to stretch
+    found, _ = read_all(write(scene), scale="auto")
+    np.testing.assert_allclose(found[:, 0, 0], MEAN, rtol=1e-5)
+    np.testing.assert_allclose(found[:, 30, 30], np.array(MEAN) + 200, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("values", "kind"), [((2000, 4000), np.uint16), ((0.05, 0.4), np.float32)])
 def test_another_range_is_warned_of(write: Write, values: tuple[float, float], kind: type) -> None:
     scene = np.random.default_rng(0).uniform(*values, (3, 30, 30)).astype(kind)

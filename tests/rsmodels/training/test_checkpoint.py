@@ -93,6 +93,16 @@ def test_frozen_weights_are_written_once(saved: Checkpoints) -> None:
     assert {"model.head.weight", "model.norm.running_mean", "exp_avg.head.weight"} <= names
 
 
+def test_frozen_weights_of_a_run_that_died_early_are_not_kept(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, ALONE).save(1, *trained(0), {})
+    shutil.rmtree(tmp_path / "checkpoints" / "step-1")
+    anew = Checkpoints(tmp_path, ALONE)
+    anew.save(1, *trained(5), {})
+    other = trained(1)
+    anew.load(anew.folder / "step-1", *other, step=1)
+    assert torch.equal(other[0].frozen.weight, trained(5)[0].frozen.weight)
+
+
 def cut_short(step: Path) -> None:
     file = next(step.glob("*.distcp"))
     file.write_bytes(file.read_bytes()[:-100])

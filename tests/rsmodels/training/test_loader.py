@@ -38,6 +38,12 @@ def test_batches_depend_on_the_position_not_on_the_process_that_reads_them() -> 
     assert not same(here, first_batches(Tiles(small_set(), (24, 24), options, seed=4)))
 
 
+def test_reading_draws_nothing_from_the_global_generator() -> None:
+    before = torch.get_rng_state()
+    first_batches(Tiles(small_set(), (24, 24), LoaderConfig(flip=True), seed=3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_cache_changes_no_value_and_reads_each_tile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = first_batches(Tiles(small_set(), (32, 32), LoaderConfig(), seed=3))
     reads: list[int] = []
@@ -80,6 +86,18 @@ def test_an_unreadable_tile_is_one_line_from_any_process(workers: int) -> None:
     with pytest.raises(FileNotFoundError) as error:
         first_batches(Tiles(broken, (32, 32), LoaderConfig(), seed=0), workers=workers)
     assert str(error.value).startswith("tile-") and "\n" not in str(error.value)
+
+
+def test_tiles_of_different_band_counts_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = SyntheticEarth.__getitem__
+
+    def reading(self: SyntheticEarth, index: int) -> dict[str, Any]:
+        sample = read(self, index)
+        return {**sample, "image": sample["image"][:1]} if index == 2 else sample
+
+    monkeypatch.setattr(SyntheticEarth, "__getitem__", reading)
+    with pytest.raises(ValueError, match=r"has [13] bands, .*choose common bands"):
+        first_batches(Tiles(small_set(), (24, 24), LoaderConfig(), seed=3))
 
 
 def test_statistics_are_those_of_the_pixels_with_data() -> None:

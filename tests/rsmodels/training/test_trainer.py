@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import rsmodels
@@ -231,6 +233,36 @@ def test_resume_of_a_finished_run_and_of_a_longer_one(
     assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4]
     said = capsys.readouterr().err
     assert "resumed from" in said and "changed since: --optim.lr 0.001 -> 0.0005" in said
+
+
+def test_a_run_that_goes_on_in_another_folder_has_a_best_of_its_own(make_config: MakeConfig) -> None:
+    first = train(make_config(steps=2, validate_every=1))
+    state = json.loads((first / "checkpoints" / "step-2" / "state.json").read_text())
+    state["best"]["loss"] = -1.0  # nothing that follows is better
+    (first / "checkpoints" / "step-2" / "state.json").write_text(json.dumps(state))
+    second = train(make_config(folder="other", steps=3, resume=str(first)))
+    assert (second / "best" / "model.json").is_file()
+
+
+def test_a_data_set_without_a_test_split_is_reported_on_its_validation_split(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        for kind in ("images", "masks"):
+            (data / split / kind).mkdir(parents=True)
+        for index in range(4):
+            pixels = np.random.default_rng(index).integers(0, 255, (32, 32, 3), np.uint8)
+            Image.fromarray(pixels).save(data / split / "images" / f"{index}.png")
+            Image.fromarray((pixels[..., 0] > 99).astype(np.uint8)).save(
+                data / split / "masks" / f"{index}.png"
+            )
+    (data / "classes.yaml").write_text(
+        'encoding: values\nclasses:\n  - {name: a, color: "102030"}\n  - {name: b, color: "ff0000"}\n'
+    )
+    run = train(make_config(steps=1, data="folder", root=str(data), data_args={}, model="tiny", report=True))
+    assert "the report will look at the validation images" in capsys.readouterr().err
+    assert "validation images" in (run / "report" / "index.html").read_text()
 
 
 def test_auto_starts_where_there_is_nothing(make_config: MakeConfig) -> None:
