@@ -48,15 +48,22 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that takes its place on success and is removed on failure."""
+    """Yield a temporary folder beside `path` that takes its place on success and is removed on failure.
+
+    No file system swaps two folders in one step: a kill between the two renames leaves the previous folder
+    as `.NAME.old`, and the next call puts it back first.
+    """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    previous = target.with_name(f".{target.name}.old")
+    if previous.exists() and not target.exists():
+        previous.replace(target)
+    temporary = target.with_name(f".{target.name}.tmp")
+    for leftover in (previous, temporary):  # of a run that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-        previous = target.with_name(f".{target.name}.old-{os.getpid()}")
         if target.exists():
             target.replace(previous)
         temporary.replace(target)

@@ -81,10 +81,12 @@ def check_dataset(name: str, root: str | Path | None = None, **options: Any) -> 
     0/255 masks whose foreground counts as ignored.
     Warnings: other duplicates, empty val or test splits, classes that never occur, mostly ignored labels,
     several dtypes.
-    Raises ValueError only for a data set or option that does not exist.
+    Raises ValueError or FileNotFoundError only for a data set, option or folder that does not exist.
     """
     report = CheckReport(name, "" if root is None else str(root))
     cls = dataset_class(name)
+    if root is not None and not Path(root).is_dir():
+        raise FileNotFoundError(f"--root {root}: no such folder; give the data set's")
     seen: dict[bytes, tuple[str, str]] = {}
     schema: LabelSchema | None = None
     reported: set[str] = set()  # several splits of one folder list the same missing halves

@@ -1,8 +1,8 @@
 """Reading images and masks as they really are: every band, any dtype, whatever the suffix claims.
 
 The format is taken from the first bytes, because `.png` files with a JPEG inside are common. PNG and JPEG go
-through Pillow, which refuses truncated files; everything else, and 16-bit PNG, goes through rasterio, because
-Pillow silently drops bands beyond four and bits beyond eight.
+through Pillow, which refuses truncated files; everything else, and grey PNG of 2, 4 and 16 bits, goes through
+rasterio, because Pillow silently drops bands beyond four and bits beyond eight, and stretches fewer bits.
 
 An image comes with a validity mask where the file itself marks pixels as empty: alpha 0, a declared nodata
 value in every band, or an internal mask. Alpha is never an image band unless `bands` asks for it.
@@ -23,7 +23,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
-PNG_BIT_DEPTH_AT = 24
+PNG_BIT_DEPTH_AT, PNG_COLOR_TYPE_AT, PNG_GREY = 24, 25, 0
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,15 @@ def read_size(path: str | Path) -> tuple[int, int]:
 
 def _suits_pillow(path: Path) -> bool:
     with path.open("rb") as file:
-        head = file.read(PNG_BIT_DEPTH_AT + 1)
+        head = file.read(PNG_COLOR_TYPE_AT + 1)
     if not head:
         raise ValueError(f"{path}: the file is empty; download or write it again")
     if head.startswith(PNG_SIGNATURE):
-        return len(head) > PNG_BIT_DEPTH_AT and head[PNG_BIT_DEPTH_AT] <= 8
+        if len(head) <= PNG_COLOR_TYPE_AT:
+            return False
+        depth = head[PNG_BIT_DEPTH_AT]
+        # Pillow stretches grey of 2 and 4 bits to 0-255: labels 0-3 would read 0, 85, 170, 255.
+        return depth <= 8 and not (head[PNG_COLOR_TYPE_AT] == PNG_GREY and depth in (2, 4))
     return head.startswith(JPEG_SIGNATURE)
 
 
@@ -109,7 +113,12 @@ def _open_with_pillow(path: Path) -> Image.Image:
     try:
         image = Image.open(path)
         image.load()  # a truncated file fails here
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise ValueError(
+            f"{path}: has more pixels than Pillow opens ({2 * (Image.MAX_IMAGE_PIXELS or 0):,}); "
+            "cut it into tiles, or convert it to GeoTIFF"
+        ) from None
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(_unreadable(path, error)) from None
     return image
 

@@ -139,6 +139,7 @@ def test_options_come_from_a_file_and_the_command_line_wins(tmp_path: Path) -> N
         ("evaluate --model nowhere", "nowhere/model.json: no such file"),
         ("check-data", "the following arguments are required: data"),
         ("check-data whdl --root x", "whdl"),
+        ("check-data whdld --root nowhere", "--root nowhere: no such folder"),
         ("models nothing*", "no model matches 'nothing*'; there are "),
     ],
 )

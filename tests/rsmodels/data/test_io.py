@@ -82,6 +82,15 @@ def test_sixteen_bit_png_keeps_its_bits(tmp_path):
     assert np.array_equal(read_image(tmp_path / "a.png").pixels, bands)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_grey_png_of_few_bits_keeps_its_values(tmp_path, bits):
+    values = np.arange(2**bits, dtype=np.uint8)[None]
+    profile = {"driver": "PNG", "count": 1, "height": 1, "width": 2**bits, "dtype": "uint8", "nbits": bits}
+    with rasterio.open(tmp_path / "a.png", "w", **profile) as target:
+        target.write(values[None])
+    assert np.array_equal(read_mask(tmp_path / "a.png", colors=False), values)
+
+
 def test_a_pixel_is_empty_only_where_every_band_is_nodata(tmp_path):
     bands = np.full((3, 2, 2), 50, np.uint8)
     bands[:, 0, 0] = 0
