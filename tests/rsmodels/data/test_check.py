@@ -119,11 +119,9 @@ def test_missing_splits(root):
     assert not check_dataset("folder", root).ok
 
 
-def test_a_root_that_does_not_exist_is_one_error(tmp_path):
-    report = check_dataset("whdld", tmp_path / "none")
-    assert len(report.errors) == 1
-    assert not report.warnings
-    assert "no such folder" in report.format()
+def test_a_root_that_does_not_exist_is_said_at_once(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        check_dataset("whdld", tmp_path / "nowhere")
 
 
 def test_many_errors_are_counted_and_not_all_printed(root):
