@@ -74,14 +74,14 @@ def chart(results: dict, path: Path) -> None:
     axes = figure.subplots()
     axes.barh(labels, values, color=["#2a7f62" if value >= 1 else "#b5402a" for value in values])
     axes.axvline(1, color="black", linewidth=0.8)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("times faster than the peer (median of interleaved rounds)")
     axes.tick_params(axis="y", labelsize=7)
     on = results["machine"]
     axes.set_title(f"{on['processor']}, {on['threads']} threads, torch {on['torch']}", fontsize=9)
-    figure.tight_layout()
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=90)
+        figure.savefig(temporary, dpi=70, bbox_inches="tight")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,9 +119,10 @@ def main(argv: list[str] | None = None) -> int:
                 rows.append(run_case(case, peaks, options.memory))
         print(f"\n## {suite}\n\n{table(rows)}\n", flush=True)
         results["suites"][suite] = rows
+        if not options.match:  # after every suite: what took minutes survives a later crash
+            write_json(path, results)
+            chart(results, path.with_suffix(".png"))
     if not options.match:
-        write_json(path, results)
-        chart(results, path.with_suffix(".png"))
         print(f"written: {path} and {path.with_suffix('.png')}")
     return 0
 
