@@ -78,7 +78,8 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_requested = _checked(os.environ.get("RSKERNELS_BACKEND") or "auto", "RSKERNELS_BACKEND")
+# Checked where it is used: an import that raises would deny the command line its one clear line.
+_requested = os.environ.get("RSKERNELS_BACKEND") or "auto"
 
 
 def set_backend(name: str) -> None:
@@ -126,6 +127,7 @@ def choose(op: str, *tensors: Tensor | None, without: Mapping[str, str] | None =
     ruled_out = _requested in UNAVAILABLE or (without is not None and _requested in without)
     if _requested in candidates and not ruled_out:
         return _requested
+    _checked(_requested, "RSKERNELS_BACKEND")
     raise ValueError(_refusal(op, device, dtype, without))
 
 

@@ -48,10 +48,19 @@ def once_differentiable(name: str) -> None:
     differentiate(name, backward, lambda ctx, inputs, output: None)
 
 
+def autocast_dtype(lead: Tensor) -> torch.dtype | None:
+    """What autocast makes of a call that `lead` leads: its dtype, or None where it leaves things alone.
+
+    float64 is never rounded; the meta device has no autocast to ask about.
+    """
+    device = lead.device.type
+    if lead.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def cast_to_compute_dtype(lead: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """The autocast rule of the product operators: every tensor in autocast's dtype where autocast is on
     (float64 stays as it is), else in the dtype of `lead`. What already has it stays the same object."""
-    dtype, device = lead.dtype, lead.device.type
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(lead) or lead.dtype
     return tuple(t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors)

@@ -53,7 +53,8 @@ def serves_small(dtype: str) -> str:
 
 def record() -> dict[str, Any]:
     """The table in use and where it came from; a training run stores it beside its configuration."""
-    return {"version": VERSION, "source": _source, "products": dict(_table)}
+    # Only the file's name: the record travels in published models, where a path would tell whose home it is.
+    return {"version": VERSION, "source": Path(_source).name, "products": dict(_table)}
 
 
 def restore(saved: Mapping[str, Any]) -> None:

@@ -115,7 +115,7 @@ def predict_scenes(config: PredictConfig, on_error: Callable[[Exception], None])
             mapper.run(
                 scene, output, probability, overlap=config.overlap, bands=config.bands, scale=config.scale
             )
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             on_error(error)
             failed += 1
     return failed

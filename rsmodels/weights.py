@@ -285,7 +285,10 @@ def save_state(
     """Write tensors to a .safetensors file, all or nothing."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # a full disk, most of the time
+            raise OSError(f"{path}: cannot be written ({error})") from None
 
 
 def save_adapter(model: Any, path: str | os.PathLike[str]) -> None:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rskernels.dispatch import choose
-from rskernels.library import define, differentiate, once_differentiable
+from rskernels.library import autocast_dtype, define, differentiate, once_differentiable
 
 
 def rel_pos_attention(
@@ -54,9 +54,7 @@ def rel_pos_attention(
         ValueError: shapes that do not fit. TypeError: not a floating-point tensor.
     """
     _check(qkv, rel_pos_h, rel_pos_w, num_heads, window_size, pad_qkv, scale)
-    device = qkv.device.type
-    if torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
-        qkv = qkv.to(torch.get_autocast_dtype(device))
+    qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
     h, w = _window(qkv, window_size)
     if qkv.shape[1] % h == 0 and qkv.shape[2] % w == 0:
         pad_qkv = None  # nothing is padded: no gradient, on any backend

@@ -17,7 +17,7 @@ from rskernels import tuning
 from rsmodels.data import IGNORE, SegmentationDataset, create_dataset
 from rsmodels.registry import Preprocessing, create_model
 from rsmodels.training.checkpoint import newest_first
-from rsmodels.training.config import OptimConfig, TrainConfig
+from rsmodels.training.config import OptimConfig, TrainConfig, run_of
 from rsmodels.training.parallel import Ranks, start_moments
 from rsmodels.training.sampler import Purpose, derive_seed, seed_everything
 
@@ -27,16 +27,24 @@ MOST_READERS = 4
 
 
 def run_folder(config: TrainConfig) -> Path:
-    """The run's folder, which must not hold another run unless this one resumes."""
+    """The run's folder, which must not hold a run other than the one that is resumed."""
     folder = Path(str(config.run_dir))
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--run-dir {folder}: is a file; give a folder")
     newest = next(iter(newest_first(folder / "checkpoints")), None)
     # A run that ended before its first checkpoint left nothing to lose.
-    if config.resume is None and (newest is not None or (folder / "best").exists()):
-        found = newest.name if newest else "best"
+    if newest is None and not (folder / "best").exists():
+        return folder
+    found = newest.name if newest else "best"
+    if config.resume is None:
         raise ValueError(
             f"--run-dir {folder}: already holds a run ({found}); go on with --resume auto, or choose another"
+        )
+    resumed = run_of(config.resume)
+    if config.resume != "auto" and (resumed is None or Path(resumed).resolve() != folder.resolve()):
+        raise ValueError(
+            f"--run-dir {folder}: already holds another run ({found}) than --resume {config.resume}; go on "
+            "with the one it holds by --resume auto, leave --run-dir out, or choose another"
         )
     return folder
 
@@ -195,11 +203,25 @@ def check_same_model(path: Path, before: dict[str, Any], now: dict[str, Any]) ->
             )
 
 
-def kernel_record() -> dict[str, Any]:
-    """What computes this run: versions, backend and the table of matrix products."""
+def kernel_record(world: int) -> dict[str, Any]:
+    """What decides over the bits of this run: versions, backend, matrix products, ranks and their threads."""
     return {
         "torch": torch.__version__,
         "rskernels": rskernels.__version__,
         "backend": rskernels.get_backend(),
+        "ranks": world,
+        "threads": torch.get_num_threads(),
         "tuning": tuning.record(),
     }
+
+
+def changed_kernels(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """A line for everything in which two kernel records differ."""
+    lines = [
+        f"changed since: {name} {before[name]} -> {now[name]}; the last bits may differ"
+        for name in now
+        if name != "tuning" and name in before and before[name] != now[name]
+    ]
+    if before["tuning"]["products"] != now["tuning"]["products"]:
+        lines.append("changed since: the table of matrix products; the checkpoint's is used")
+    return lines

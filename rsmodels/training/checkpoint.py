@@ -64,6 +64,23 @@ class Checkpoints:
                     shutil.rmtree(other)
         return target
 
+    def read_state(self, folder: Path) -> dict[str, Any]:
+        """What state.json of a checkpoint says, as the main rank sees it: all ranks take the same checkpoint.
+
+        DamagedCheckpointError, on all of them, where it cannot be read.
+        """
+
+        def attempt() -> dict[str, Any] | str:
+            try:
+                return read_state(folder)
+            except DamagedCheckpointError as error:
+                return str(error)
+
+        state = self.ranks.from_main(attempt)
+        if isinstance(state, str):
+            raise DamagedCheckpointError(state)
+        return state
+
     def load(self, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Read the checkpoint at `path` into `model` and `optimizer`, resharding as needed.
 
@@ -105,14 +122,17 @@ class Checkpoints:
 
     def _read(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         problem = ""
-        checksums = read_state(folder)["checksums"]
+        checksums = self.read_state(folder)["checksums"]
         # Every rank checks its share of the files.
         for name in sorted(checksums)[self.ranks.rank :: self.ranks.world]:
             file = folder / name
-            if not file.is_file():
+            try:
+                if _checksum(file) != checksums[name]:
+                    problem = f"{file} is damaged (its checksum differs)"
+            except FileNotFoundError:
                 problem = f"{file} is missing"
-            elif _checksum(file) != checksums[name]:
-                problem = f"{file} is damaged (its checksum differs)"
+            except OSError as error:  # not raised here: the other ranks would wait for this one
+                problem = f"{file} cannot be read ({error.strerror or error})"
         problem = next(filter(None, self.ranks.gather(problem)), "")
         if problem:
             raise DamagedCheckpointError(problem)

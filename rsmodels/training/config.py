@@ -6,6 +6,7 @@ The line under a field is its help text. `None` means "chosen for you", and the 
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -81,11 +82,12 @@ class TrainConfig:
     """Processes per rank that read data ahead (default: the cores of this rank less one, at most 4)."""
 
     run_dir: str | None = None
-    """Folder of the run (default: runs/DATA-MODEL)."""
+    """Folder of the run (default: runs/DATA-MODEL, or the run that --resume PATH names)."""
     steps: int | None = None
-    """Optimiser steps (default: see --epochs)."""
+    """Optimiser steps; where both are given, --steps wins over --epochs (default: see --epochs)."""
     epochs: float | None = None
-    """Passes over the training split, instead of --steps (default: the paper's 200; 5 for synthetic data)."""
+    """Passes over the training split, where no --steps are given (default: the paper's 200; 5 for synthetic
+    data)."""
     batch_size: int = 8
     """Tiles per optimiser step, over all ranks together, so that a recipe means the same on any machine."""
     accumulate: int = 1
@@ -133,18 +135,31 @@ def resolve(config: TrainConfig) -> TrainConfig:
     )
     if config.data != "synthetic" and config.root is None:
         raise ValueError(f"--data {config.data} needs --root: the folder that holds the data set")
-    if config.steps is not None and config.epochs is not None:
-        raise ValueError(
-            f"--steps {config.steps} and --epochs {config.epochs:g} both set the length of the run; give one"
-        )
     _check_numbers(config)
     _check_parallel(config)
     epochs = config.epochs
-    if config.steps is None and epochs is None:
+    if config.steps is not None:
+        epochs = None  # one length in config.yaml, the one that counts
+    elif epochs is None:
         epochs = 5.0 if config.data == "synthetic" else 200.0
-    return replace(
-        config, model=model, epochs=epochs, run_dir=config.run_dir or f"runs/{config.data}-{model}"
-    )
+    run_dir = config.run_dir or run_of(config.resume) or f"runs/{config.data}-{model}"
+    return replace(config, model=model, epochs=epochs, run_dir=run_dir)
+
+
+def run_of(resume: str | None) -> str | None:
+    """The run folder that `--resume PATH` lies in, by its name; None for auto and for a checkpoint that lies
+    outside of any run."""
+    if resume is None or resume == "auto":
+        return None
+    path = Path(os.path.abspath(resume))
+    if path.name.startswith("step-"):
+        return _above(resume, 2) if path.parent.name == "checkpoints" else None
+    return _above(resume, 1 if path.name == "checkpoints" else 0)
+
+
+def _above(path: str, levels: int) -> str:
+    """`levels` folders up, relative where `path` is."""
+    return os.path.normpath(os.path.join(path, *[".."] * levels))
 
 
 def _check_choice(option: str, value: str, choices: Iterable[str]) -> None:

@@ -6,11 +6,11 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+T = TypeVar("T")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names for its two running averages
 
 
@@ -53,6 +54,15 @@ class Ranks:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def from_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the main rank, on every rank.
+
+        For what is read from disk: file systems may show two ranks two states, on which they would part ways.
+        """
+        with self.together():
+            value = work() if self.main else None
+        return self.gather(value)[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -29,7 +29,7 @@ from rsmodels.evaluation.inference import pick_dtype
 from rsmodels.evaluation.metrics import ConfusionMatrix, logits_to_ids
 from rsmodels.registry import Preprocessing, save_model
 from rsmodels.training import build
-from rsmodels.training.checkpoint import Checkpoints, DamagedCheckpointError, candidates, read_state
+from rsmodels.training.checkpoint import Checkpoints, DamagedCheckpointError, candidates
 from rsmodels.training.config import TrainConfig, changed_options, resolve, to_dict, write_config
 from rsmodels.training.loader import Tiles, batches, make_loader
 from rsmodels.training.log import RunLog, peak_memory_gib
@@ -75,12 +75,16 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
         self.ranks = ranks
         with ranks.together():
+            notes = _unused_length(config)
             self.config = config = resolve(config)
             mode = config.parallel or ("fsdp" if ranks.world > 1 else "none")
             check_mode(mode, ranks.world, config.shard_size)
             self.dtype = pick_dtype(config.dtype, ranks.device)
             self.folder = build.run_folder(config)
-            resume_from = candidates(config.resume, self.folder) if config.resume else []
+        resume_from = ranks.from_main(lambda: candidates(config.resume, self.folder) if config.resume else [])
+        # Every rank has read the table of its own node: use one.
+        tuning.restore(ranks.from_main(tuning.record))
+        with ranks.together():
             self.train_set = build.open_split(config, "train")
             self.val_set = build.open_split(config, "val")
             self.report_split, no_test = build.report_split(config) if config.report else ("test", "")
@@ -102,7 +106,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder, ranks, keep=config.keep_checkpoints)
         self.first_step = 0
         self.best = {"loss": math.inf, "step": 0}
-        notes = self._resume(resume_from) if resume_from else []
+        notes += self._resume(resume_from) if resume_from else []
         if no_test:
             notes.append(f"the report will look at the validation images: {no_test}")
 
@@ -116,7 +120,7 @@ class Trainer:
         # What the steps since the last look computed (see _look): loss and gradient norm, tiles, loss terms.
         self.unseen: list[tuple[int, list[str], Tensor]] = []
         self.terms: dict[str, Tensor] = {}
-        self.since = time.perf_counter()
+        self.since = 0.0
 
     def _start_loading(self) -> None:
         config, ranks = self.config, self.ranks
@@ -144,7 +148,7 @@ class Trainer:
         notes: list[str] = []
         for path in paths:
             try:
-                state = read_state(path)
+                state = self.checkpoints.read_state(path)
                 with self.ranks.together():
                     build.check_same_model(
                         path, state["identity"], build.identity(self.model, self.train_set)
@@ -154,15 +158,17 @@ class Trainer:
                 notes.append(f"{error}; taking the checkpoint before it")
                 continue
             self.first_step = state["step"]
-            if (self.folder / "best").is_dir():  # a run that goes on in another folder has none yet
+            # A run that goes on in another folder has none yet.
+            if self.ranks.from_main((self.folder / "best").is_dir):
                 self.best = state["best"]
             self.model.base_weights = state["base_weights"]
+            changes = build.changed_kernels(state["kernels"], build.kernel_record(self.ranks.world))
             tuning.restore(state["kernels"]["tuning"])
             self.model.preprocessing = Preprocessing(**state["preprocessing"])
             notes.append(f"resumed from {path}, after step {self.first_step}")
             for name, (old, new) in changed_options(state["config"], to_dict(self.config)).items():
                 notes.append(f"changed since: --{name} {old} -> {new}")
-            return notes
+            return notes + changes
         with self.ranks.together():
             raise ValueError(f"--resume {self.config.resume}: no readable checkpoint ({notes[-1]})")
 
@@ -174,8 +180,7 @@ class Trainer:
             "base_weights": self.model.base_weights,
             "preprocessing": vars(self.model.preprocessing),
             "config": to_dict(self.config),
-            "kernels": build.kernel_record(),
-            "world": self.ranks.world,
+            "kernels": build.kernel_record(self.ranks.world),
         }
 
     # ------------------------------------------------------------------------------------------- the loop
@@ -208,6 +213,9 @@ class Trainer:
     def _train_step(self, step: int) -> None:
         """Forward, backward and one update; nothing in it waits for a GPU."""
         config = self.config
+        if not self.unseen:
+            # From here on images_per_second counts: validation and checkpoints come after a look.
+            self.since = time.perf_counter()
         seed_everything(derive_seed(config.seed, Purpose.STEP, step, self.ranks.rank))
         losses: list[Tensor] = []
         names: list[str] = []
@@ -254,7 +262,7 @@ class Trainer:
                 "memory_gib": peak_memory_gib(self.ranks.device),
             },
         )
-        self.unseen, self.terms, self.since = [], {}, time.perf_counter()
+        self.unseen, self.terms = [], {}
 
     def _stop_at(self, index: int, values: Tensor) -> NoReturn:
         """Say which tiles made the loss of the `index`-th unseen step not finite."""
@@ -303,8 +311,6 @@ class Trainer:
         if loss < self.best["loss"]:
             self.best = {"loss": loss, "step": done}
             self._save_best(metrics["mean_iou"])
-        # Validation time is not training time: keep it out of images_per_second.
-        self.since = time.perf_counter()
 
     def _save_best(self, mean_iou: float) -> None:
         weights = full_state_dict(self.model, keep=self.ranks.main)
@@ -321,7 +327,7 @@ class Trainer:
                 "validation_loss": self.best["loss"],
                 "validation_mean_iou": mean_iou,
                 "seed": self.config.seed,
-                "kernels": build.kernel_record(),
+                "kernels": build.kernel_record(self.ranks.world),
             },
         }
         with self.ranks.together():
@@ -376,3 +382,10 @@ class Trainer:
             f"for validation, {self.steps} steps of {config.batch_size} tiles on {self.ranks.world} rank(s); "
             f"{trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters are trained; run folder {self.folder}"
         )
+
+
+def _unused_length(config: TrainConfig) -> list[str]:
+    """What to say of two lengths, as from a recipe's epochs and the command line's --steps."""
+    if config.steps is None or config.epochs is None:
+        return []
+    return [f"--steps {config.steps} sets the length; --epochs {config.epochs:g} is not used"]

@@ -1,7 +1,8 @@
 """What test_ranks.py starts, alone or by torchrun: `ranks_worker.py JOBS`, runs to train in turn, as JSON.
 
 A job is the keyword arguments of `small_config`, with "run". "die_in_step" has the process killed in that
-step; "poison" makes a pixel of that training tile NaN.
+step; "poison" makes a pixel of that training tile NaN; "tables" lets the ranks start with different tables
+of matrix products.
 """
 
 import json
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from conftest import small_config
 
+from rskernels import tuning
 from rsmodels.data import SyntheticEarth
 from rsmodels.training.trainer import train
 
@@ -44,14 +47,29 @@ def poison(name: str) -> None:
     SyntheticEarth.__getitem__ = reading  # type: ignore[method-assign]
 
 
+def products() -> list[Any]:
+    """The table of every rank."""
+    tables: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(tables, tuning.record()["products"])
+    return tables
+
+
 if __name__ == "__main__":
     if "WORLD_SIZE" in os.environ:
-        torch.distributed.init_process_group("gloo")  # one group for all jobs
+        dist.init_process_group("gloo")  # one group for all jobs
     for job in json.loads(sys.argv[1]):
         if "die_in_step" in job:
             die_in_step(job.pop("die_in_step"))
         if "poison" in job:
             poison(job.pop("poison"))
+        tables = job.pop("tables", False)
+        if tables:
+            product = tuning.PRODUCTS[dist.get_rank()]
+            tuning.restore({**tuning.record(), "products": dict.fromkeys(tuning.KEYS, product)})
         train(small_config(Path(job.pop("run")), **job))
+        if tables:
+            first, second = products()
+            assert first == second == dict.fromkeys(tuning.KEYS, tuning.PRODUCTS[0])
+            tuning.load()
     if "WORLD_SIZE" in os.environ:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()

@@ -6,8 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
 
+from rsmodels.training import checkpoint
 from rsmodels.training.build import make_optimizer
 from rsmodels.training.checkpoint import (
     Checkpoints,
@@ -142,6 +145,31 @@ def test_damage_is_noticed_and_named(saved: Checkpoints, damage: Any) -> None:
         read_state(path)
         saved.load(path, *trained(1), step=6)
     assert "\n" not in str(error.value)
+
+
+def one_of_two_ranks(rank: int, folder: str, store: str) -> None:
+    """The rank that does not see state.json is first the other one, then the main one."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    checkpoints = Checkpoints(Path(folder), Ranks(rank, 2, torch.device("cpu")))
+    path = checkpoints.folder / "step-6"
+    read = checkpoint.read_state
+
+    def late(folder: Path) -> Any:
+        raise DamagedCheckpointError(f"{folder} is late")
+
+    checkpoint.read_state = read if rank == 0 else late
+    assert checkpoints.read_state(path)["note"] == "at 6"
+    other = trained(1)
+    checkpoints.load(path, *other, step=6)
+    assert same(other, trained(0, 6))
+    checkpoint.read_state = late if rank == 0 else read
+    with pytest.raises(DamagedCheckpointError, match="step-6 is late"):
+        checkpoints.read_state(path)
+    dist.destroy_process_group()
+
+
+def test_all_ranks_see_a_checkpoint_as_the_main_one_does(saved: Checkpoints, tmp_path: Path) -> None:
+    mp.spawn(one_of_two_ranks, args=(str(tmp_path), str(tmp_path / "store")), nprocs=2)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(saved: Checkpoints) -> None:

@@ -28,7 +28,6 @@ def run(config: TrainConfig) -> int:
         ({"model": "sam_lora_tiny"}, "sam_lora_tiny"),
         ({"data": "whdl", "root": "x"}, "did you mean whdld?"),
         ({"data": "whdld"}, "--data whdld needs --root"),
-        ({"steps": 5, "epochs": 2.0}, "--steps 5 and --epochs 2"),
         ({"steps": 0}, "--steps must be above 0, not 0"),
         ({"epochs": -1.0}, "--epochs must be above 0, not -1.0"),
         ({"batch_size": -8}, "--batch-size must be above 0, not -8"),
@@ -60,6 +59,35 @@ def test_defaults_train_the_tiny_model_on_synthetic_data() -> None:
 def test_real_data_gets_the_papers_model_and_length() -> None:
     config = resolve(TrainConfig(method="sam-lora", data="whdld", root="/data"))
     assert (config.model, config.epochs) == ("sam_lora_vit_b", 200.0)
+
+
+def test_steps_win_over_epochs(tmp_path: Any) -> None:
+    config = resolve(TrainConfig(steps=5, epochs=2.0))
+    assert (config.steps, config.epochs) == (5, None)
+    (tmp_path / "recipe.yaml").write_text("epochs: 200\n")
+    words = ["--config", str(tmp_path / "recipe.yaml"), "--steps", "3"]
+    config = resolve(parse("train", "train", run, words))
+    assert (config.steps, config.epochs) == (3, None)
+    write_config(config, tmp_path / "config.yaml")
+    words = ["--config", str(tmp_path / "config.yaml"), "--steps", "null", "--epochs", "2"]
+    config = resolve(parse("train", "train", run, words))
+    assert (config.steps, config.epochs) == (None, 2.0)
+
+
+@pytest.mark.parametrize(
+    "resume, run_dir",
+    [
+        ("runs/x", "runs/x"),
+        ("runs/x/", "runs/x"),
+        ("/runs/x/checkpoints", "/runs/x"),
+        ("runs/x/checkpoints/step-6", "runs/x"),
+        ("kept/step-6", "runs/synthetic-rs_sam_tiny"),
+        ("auto", "runs/synthetic-rs_sam_tiny"),
+    ],
+)
+def test_a_path_to_resume_from_names_the_run_folder(resume: str, run_dir: str) -> None:
+    assert resolve(TrainConfig(resume=resume)).run_dir == run_dir
+    assert resolve(TrainConfig(resume=resume, run_dir="mine")).run_dir == "mine"
 
 
 def test_a_written_configuration_replays(tmp_path: Any) -> None:

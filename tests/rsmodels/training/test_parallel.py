@@ -34,6 +34,7 @@ def rank_of_three(rank: int, folder: str) -> None:
     with ranks.together():
         pass  # nobody fails: all go on
     assert ranks.gather(rank) == [0, 1, 2] and ranks.any(rank == 2) and not ranks.any(False)
+    assert ranks.from_main(lambda: f"of rank {rank}") == "of rank 0"
     try:
         with ranks.together():
             if rank > 0:

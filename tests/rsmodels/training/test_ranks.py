@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from rsmodels.registry import load_model
-from rsmodels.training.checkpoint import newest_first
+from rsmodels.training.checkpoint import newest_first, read_state
 from rsmodels.training.trainer import train
 
 ROOT = Path(__file__).parents[3]
@@ -64,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, configure: Any) -> dict[str, 
                 job("ddp", parallel="ddp"),
                 job("hsdp", parallel="hsdp", shard_size=1),
                 job("bf16", dtype="bf16", activation_checkpointing=True, steps=2),
-                job("accumulated", accumulate=2, steps=2),
+                job("accumulated", accumulate=2, steps=2, tables=True),
                 job("killed", resume="auto"),
                 job("one to two", resume=str(folder / "alone" / "checkpoints" / "step-6")),
                 # Fails, so it comes last.
@@ -135,6 +135,12 @@ def test_bf16_and_accumulation_work_on_two_ranks(runs: dict[str, Any]) -> None:
     assert losses(runs, "bf16")[0] == pytest.approx(losses(runs, "two")[0], rel=2e-2)
     # One tile a pass: another soft Dice, so only close.
     assert losses(runs, "accumulated")[0] == pytest.approx(losses(runs, "two")[0], rel=0.1)
+
+
+def test_all_ranks_use_the_first_ones_table_of_products(runs: dict[str, Any]) -> None:
+    state = read_state(newest_first(runs["folder"] / "accumulated" / "checkpoints")[0])
+    assert set(state["kernels"]["tuning"]["products"].values()) == {"aten"}
+    assert "AssertionError" not in runs["said"]["two"].stderr  # the worker compares the ranks
 
 
 def test_a_run_moves_from_one_process_to_two_ranks(runs: dict[str, Any]) -> None:

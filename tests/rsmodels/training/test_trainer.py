@@ -5,7 +5,9 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ from torch import Tensor
 import rsmodels
 from rsmodels.data import IGNORE, SyntheticEarth
 from rsmodels.methods.rs_sam import RSSAM
-from rsmodels.training.checkpoint import newest_first
+from rsmodels.training import trainer as trainer_module
+from rsmodels.training.checkpoint import Checkpoints, newest_first
 from rsmodels.training.config import LoaderConfig, TrainConfig
 from rsmodels.training.parallel import Ranks
 from rsmodels.training.trainer import NonFiniteLossError, Trainer, train
@@ -145,6 +148,29 @@ def test_validation_loss_and_metrics_ignore_how_the_split_is_batched(
     assert first.pop("kind") == second.pop("kind") and first == pytest.approx(second, rel=1e-5)
 
 
+def test_only_training_counts_in_images_per_second(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+
+    def tick() -> float:
+        clock[0] += 1
+        return clock[0]
+
+    def slow(work: Callable[..., Any]) -> Callable[..., Any]:
+        def working(*args: Any) -> Any:
+            clock[0] += 1000
+            return work(*args)
+
+        return working
+
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=tick))
+    monkeypatch.setattr(Checkpoints, "save", slow(Checkpoints.save))
+    monkeypatch.setattr(Trainer, "_validate", slow(Trainer._validate))
+    run = train(make_config(steps=4, checkpoint_every=1, validate_every=2))
+    assert [line["images_per_second"] for line in log_of(run)] == [4.0] * 4
+
+
 def test_dataset_statistics_go_into_the_model(make_config: MakeConfig) -> None:
     run = train(make_config(steps=1, loader=LoaderConfig(normalize="dataset")))
     images = torch.stack([SyntheticEarth(size=32, length=10)[i]["image"] for i in range(10)])
@@ -263,6 +289,53 @@ def test_a_data_set_without_a_test_split_is_reported_on_its_validation_split(
     run = train(make_config(steps=1, data="folder", root=str(data), data_args={}, model="tiny", report=True))
     assert "the report will look at the validation images" in capsys.readouterr().err
     assert "validation images" in (run / "report" / "index.html").read_text()
+
+
+def test_a_path_to_resume_from_goes_on_in_its_own_folder(make_config: MakeConfig) -> None:
+    run = train(make_config(steps=2))
+    again = replace(make_config(steps=3), run_dir=None, resume=str(run / "checkpoints" / "step-2"))
+    assert train(again) == run
+    assert [line["step"] for line in log_of(run)] == [1, 2, 3]
+
+
+def test_another_runs_folder_is_not_resumed_into(make_config: MakeConfig) -> None:
+    first, second = (train(make_config(folder=name, steps=1)) for name in ("first", "second"))
+    before = {path: path.stat().st_mtime_ns for path in second.rglob("*")}
+    with pytest.raises(ValueError, match=r"already holds another run \(step-1\).*--resume auto") as error:
+        train(make_config(folder="second", steps=2, resume=str(first)))
+    assert "\n" not in str(error.value)
+    assert {path: path.stat().st_mtime_ns for path in second.rglob("*")} == before
+
+
+def test_resume_says_what_computes_otherwise(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(make_config(steps=1))
+    file = run / "checkpoints" / "step-1" / "state.json"
+    state = json.loads(file.read_text())
+    record = state["kernels"]
+    assert (record["ranks"], record["threads"]) == (1, torch.get_num_threads())
+    record |= {"torch": "1.0", "backend": "cuda", "ranks": 8, "threads": 99}
+    products = record["tuning"]["products"]
+    products |= {"float32/forward/wide/large": "aten"}
+    file.write_text(json.dumps(state))
+    capsys.readouterr()
+    train(make_config(steps=2, resume="auto"))
+    said = capsys.readouterr().err
+    for line in ("torch 1.0 -> ", "backend cuda -> auto", "ranks 8 -> 1", "threads 99 -> 1"):
+        assert f"changed since: {line}" in said
+    assert "the table of matrix products; the checkpoint's is used" in said
+    assert "changed since: rskernels" not in said
+    resumed = json.loads((run / "checkpoints" / "step-2" / "state.json").read_text())
+    assert resumed["kernels"]["tuning"]["products"] == products
+    train(make_config(steps=2, resume="auto"))
+    assert "last bits" not in capsys.readouterr().err
+
+
+def test_two_lengths_are_said_to_be_one(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    run = train(make_config(steps=1, epochs=200.0))
+    assert "--steps 1 sets the length; --epochs 200 is not used" in capsys.readouterr().err
+    assert len(log_of(run)) == 1
 
 
 def test_auto_starts_where_there_is_nothing(make_config: MakeConfig) -> None:
