@@ -152,7 +152,7 @@ def create_model(
     """
     builder = _look_up(MODELS, name, "model")
     if image_size is not None:
-        options["image_size"] = image_size if isinstance(image_size, int) else tuple(image_size)
+        options["image_size"] = tuple(image_size) if isinstance(image_size, list) else image_size
     _check_options(builder, name, options)
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: expected 1 (binary) or the number of classes")

@@ -12,10 +12,12 @@ import dataclasses
 import difflib
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import yaml
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -48,7 +50,9 @@ def parse(command: str, summary: str, run: Callable[[Any], int], arguments: Sequ
     config_class = typing.get_type_hints(run)["config"]
     parser = _parser(command, summary, config_class)
     try:
-        parsed = parser.instantiate(parser.parse_args(_normalise(parser, arguments)))
+        words = _normalise(parser, arguments)
+        _check_config_files(parser, words)
+        parsed = parser.instantiate(parser.parse_args(words))
     except argparse.ArgumentError as error:
         raise UsageError(f"{_one_line(str(error))} (see rsmodels {command} --help)") from None
     return config_class(**{field.name: parsed[field.name] for field in dataclasses.fields(config_class)})
@@ -93,6 +97,42 @@ def _normalise(parser: Parser, arguments: Sequence[str]) -> list[str]:
             equals, value = "=", "true"
         result.append(option + equals + value)
     return result
+
+
+def _check_config_files(parser: Parser, words: Sequence[str]) -> None:
+    """Say which file is wrong, and where: jsonargparse would name neither."""
+    actions = {option: action for action in parser._actions for option in action.option_strings}
+    for position, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option != "--config" or not (equals or position + 1 < len(words)):
+            continue
+        path = value if equals else words[position + 1]
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(
+                f"--config {path}: not a readable YAML file ({' '.join(str(error).split())})"
+            ) from None
+        if not isinstance(content, dict):
+            raise UsageError(f"--config {path}: expected options as `name: value`, found {content!r}")
+        for name in _names(content, actions):
+            if f"--{name}" not in actions:
+                raise UsageError(
+                    f"--config {path}: option {name!r} is not known; {_nearest(f'--{name}', actions)}"
+                )
+
+
+def _names(
+    content: Mapping[str, Any], actions: Mapping[str, argparse.Action], prefix: str = ""
+) -> Iterator[str]:
+    """The options that a configuration file sets, nested ones with dots."""
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        nested = any(option.startswith(f"--{name}.") for option in actions)
+        if isinstance(value, dict) and nested:
+            yield from _names(value, actions, f"{name}.")
+        else:
+            yield name
 
 
 def _dictionary(actions: Mapping[str, argparse.Action], option: str) -> argparse.Action | None:

@@ -58,10 +58,18 @@ def pick_dtype(dtype: str | None, device: torch.device) -> torch.dtype:
 
 @torch.no_grad()
 def probabilities(model: SegmentationModel, images: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Class probabilities (B, K, H, W) float32 of raw images (B, C, H, W) on the model's device."""
+    """Class probabilities (B, K, H, W) float32 of raw images (B, C, H, W) on the model's device.
+
+    Raises ValueError where finite pixels give a result that is not: broken weights, or an overflow.
+    """
     normalised = model.preprocessing.normalize(images)
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
         logits = model(normalised)
+    if images.isfinite().all() and not logits.isfinite().all():
+        raise ValueError(
+            "the model's output is not finite: its weights are damaged or overflow; "
+            "use another checkpoint, or --dtype fp32"
+        )
     return model.probabilities(logits.float())
 
 

@@ -88,10 +88,12 @@ class RSSAM(nn.Module):
             raise ValueError(f"neck_source={neck_source!r}: expected one of {', '.join(NECK_SOURCES)}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}")
-        if min(decoder_dim, decoder_heads, decoder_mlp_dim, embedding_dim) < 1 or decoder_dim % (2 * decoder_heads):
+        positive = min(decoder_dim, decoder_heads, decoder_mlp_dim, embedding_dim) > 0
+        if not positive or decoder_dim % (2 * decoder_heads):  # cross-attention works at half the width
             raise ValueError(
-                f"decoder_dim={decoder_dim}, decoder_heads={decoder_heads}, decoder_mlp_dim={decoder_mlp_dim}, "
-                f"embedding_dim={embedding_dim}: expected positive sizes, and twice the heads to divide decoder_dim"
+                f"decoder_dim={decoder_dim}, decoder_heads={decoder_heads}, "
+                f"decoder_mlp_dim={decoder_mlp_dim}, embedding_dim={embedding_dim}: expected sizes above 0, "
+                "with decoder_dim a multiple of twice the heads"
             )
         self.image_size = image_size_pair(image_size, multiple_of=32 if neck else 16)
         self.num_classes = num_classes

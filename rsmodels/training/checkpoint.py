@@ -113,11 +113,11 @@ class Checkpoints:
                     if target.exists():
                         shutil.rmtree(target)
                     temporary.rename(target)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's own writer reports a full disk as RuntimeError
             shutil.rmtree(temporary, ignore_errors=True)
             last = next(iter(newest_first(self.folder)), None)
             advice = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-            reason = error.strerror or str(error)
+            reason = getattr(error, "strerror", None) or f"is the disk full? {str(error).splitlines()[0]}"
             raise OSError(f"{target}: cannot write the checkpoint ({reason}); {advice}") from error
 
     def _read(self, folder: Path, tensors: dict[str, Tensor]) -> None:

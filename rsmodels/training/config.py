@@ -135,6 +135,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
     )
     if config.data != "synthetic" and config.root is None:
         raise ValueError(f"--data {config.data} needs --root: the folder that holds the data set")
+    for name in ("num_classes", "image_size", "pretrained"):
+        if name in config.model_args:
+            where = (
+                "comes from the data set" if name == "num_classes" else f"has its own option, {_option(name)}"
+            )
+            raise ValueError(f"--model-args.{name}: {where}")
     _check_numbers(config)
     _check_parallel(config)
     epochs = config.epochs

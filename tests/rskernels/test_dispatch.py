@@ -193,5 +193,6 @@ except ValueError as error:
 def test_environment_chooses_the_backend(run_python):
     code = "import rskernels; print(rskernels.get_backend())"
     assert run_python(code, RSKERNELS_BACKEND="reference").stdout.strip() == "reference"
+    code = "import rskernels, torch; x = torch.ones(1, 4); rskernels.linear(x, x, None)"
     wrong = run_python(code, RSKERNELS_BACKEND="fast")
     assert wrong.returncode != 0 and "RSKERNELS_BACKEND: unknown backend 'fast'" in wrong.stderr

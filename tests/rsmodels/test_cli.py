@@ -97,6 +97,22 @@ def test_torchrun_lets_every_option_of_train_pass(capsys: pytest.CaptureFixture)
         assert get_args_parser().parse_args(["train.py", *ours]).training_script_args == ours
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mthod: rs-sam", "option 'mthod' is not known; did you mean --method?"),
+        ("optim:\n  lrr: 1", "option 'optim.lrr' is not known; did you mean --optim.lr?"),
+        ("a: [1", "not a readable YAML file"),
+        ("just words", "expected options as `name: value`, found 'just words'"),
+    ],
+)
+def test_a_wrong_config_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UsageError) as caught:
+        parse("train", "train", commands.train, ["--config", str(tmp_path / "run.yaml")])
+    assert str(caught.value).startswith(f"--config {tmp_path / 'run.yaml'}: {message}")
+
+
 def test_run_is_short_for_run_dir() -> None:
     assert parse("train", "train", commands.train, ["--run", "runs/x"]).run_dir == "runs/x"
 

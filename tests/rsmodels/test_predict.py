@@ -94,6 +94,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_weights_that_are_not_finite_write_no_map(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "best")
+    model, info = rsmodels.load_model(tmp_path / "best")
+    with torch.no_grad():
+        next(model.neck.parameters()).fill_(float("nan"))
+    rsmodels.save_model(model, tmp_path / "best", {"classes": info["classes"], "palette": info["palette"]})
+    scene = write(tmp_path / "scene.tif", random_pixels(64, 64))
+    with pytest.raises(ValueError, match="the model's output is not finite"):
+        predict(scene, model=tmp_path / "best", output=tmp_path / "map.tif")
+    assert not (tmp_path / "map.tif").exists()
+
+
 def random_pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(1, 256, (3, height, width)).astype(np.uint8)
 

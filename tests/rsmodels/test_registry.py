@@ -229,3 +229,32 @@ def test_parameter_counts_add_up() -> None:
     assert total[0] == sum(p.numel() for p in model.parameters())
     lora = sum(p.numel() for n, p in model.encoder.named_parameters() if ".lora_" in n)
     assert counts["encoder"][1] == lora
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("mff", "flase", "bool"),
+        ("mff", 0, "bool"),
+        ("lora_rank", "four", "int"),
+        ("lora_rank", True, "int"),
+        ("early_block", 1.5, "int | None"),
+        ("image_size", 128.0, "int | tuple"),
+        ("mean", ["a"], "tuple"),
+    ],
+)
+def test_an_option_of_the_wrong_type_is_refused(option: str, value: object, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"rs_sam_tiny: {option}=.* is not of the expected type {expected}"):
+        rsmodels.create_model("rs_sam_tiny", **{"num_classes": 2, option: value})
+
+
+def test_sizes_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="decoder_heads=7"):
+        rsmodels.create_model("rs_sam_tiny", num_classes=2, decoder_heads=7)
+
+
+def test_a_backbone_runs_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        backbone = rsmodels.create_backbone("sam_vit_l", out_indices=(5, 23))
+        features = backbone(torch.empty(1, 3, 1024, 1024))
+    assert [tuple(f.shape) for f in features] == [(1, 1024, 64, 64)] * 2
