@@ -13,7 +13,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,33 @@ from torch import Tensor
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
+
+
+PASSES = ("forward", "backward", "both")
+
+
+def call_of(which: str, form: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor],
+            grads: Tensor | tuple[Tensor, ...]) -> Call:  # fmt: skip
+    """One of PASSES over `form(*inputs)`: "forward" without autograd, "backward" of a graph that is kept (the
+    gradients of those inputs that require one, given `grads` of the outputs), "both" in one call."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+
+    def forward() -> Tensor | tuple[Tensor, ...]:
+        with torch.no_grad():
+            return form(*inputs)
+
+    if which == "forward":
+        return forward
+    if which == "both":
+        return lambda: torch.autograd.grad(form(*inputs), wanted, grads)
+    outputs: list = []
+
+    def backward() -> tuple[Tensor, ...]:
+        if not outputs:
+            outputs.append(form(*inputs))
+        return torch.autograd.grad(outputs[0], wanted, grads, retain_graph=True)
+
+    return backward
 
 
 @dataclass(frozen=True)

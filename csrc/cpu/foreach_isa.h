@@ -3,9 +3,9 @@
 //   #define RSK_SIMD_FILE "my_kernels_simd.h"
 //   #include "foreach_isa.h"          // -> rskernels::baseline::..., rskernels::avx2::..., ...
 //
-// The file may use everything in vec.h and must not include anything: headers come before, outside the
-// target sections, so that no shared inline function is compiled for an instruction set the processor
-// may lack. Lambdas do not inherit the target section: use functions.
+// The file may use everything in vec.h and operands_simd.h and must not include anything: headers come
+// before, outside the target sections, so that no shared inline function is compiled for an instruction set the
+// processor may lack. Lambdas do not inherit the target section: use functions.
 //
 // One file, one inclusion per translation unit (namespaces would collide otherwise).
 
@@ -39,6 +39,8 @@
 namespace rskernels::baseline {
 #include "vec.h"
 
+#include "operands_simd.h"
+
 #include RSK_SIMD_FILE
 } // namespace rskernels::baseline
 #undef RSK_LEVEL
@@ -51,6 +53,8 @@ namespace rskernels::baseline {
 namespace rskernels::avx2 {
 #include "vec.h"
 
+#include "operands_simd.h"
+
 #include RSK_SIMD_FILE
 } // namespace rskernels::avx2
 #pragma GCC pop_options
@@ -62,6 +66,8 @@ namespace rskernels::avx2 {
 namespace rskernels::avx512 {
 #include "vec.h"
 
+#include "operands_simd.h"
+
 #include RSK_SIMD_FILE
 } // namespace rskernels::avx512
 #pragma GCC pop_options
@@ -72,6 +78,8 @@ namespace rskernels::avx512 {
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 namespace rskernels::avx512_bf16 {
 #include "vec.h"
+
+#include "operands_simd.h"
 
 #include RSK_SIMD_FILE
 } // namespace rskernels::avx512_bf16

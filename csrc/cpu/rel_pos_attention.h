@@ -6,44 +6,20 @@
 // *Lanes* are the queries of a tile, rounded up to whole vectors.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <optional>
 #include <vector>
 
-#include "tile.h"
+#include "work.h"
 
 namespace rskernels {
 
-constexpr int64_t kVector = 16; // lanes and row lengths are multiples of it at every instruction set
 // Measured: 64 x 256 scores and the operands of their products stay in the second-level cache, and the windows
 // of 14 x 14 tokens have all their keys in one tile.
 constexpr int64_t kQueryTile = 64;
 constexpr int64_t kKeyTile = 256;
-
-inline int64_t round_up(int64_t n, int64_t step) {
-  return (n + step - 1) / step * step;
-}
-
-// A range cut into equal tiles, the last one smaller.
-struct Tiling {
-  int64_t total, size, count;
-
-  Tiling(int64_t n, int64_t largest) : total(n) {
-    const int64_t pieces = (n + largest - 1) / largest;
-    size = round_up((n + pieces - 1) / pieces, kVector);
-    count = (n + size - 1) / size;
-  }
-  int64_t begin(int64_t tile) const { return tile * size; }
-  int64_t length(int64_t tile) const { return std::min(size, total - begin(tile)); }
-};
 
 // One tile of scores, keys x lanes, and its biases: rel_h (grid rows x lanes), rel_w (grid columns x lanes);
 // null without bias.
@@ -85,28 +61,6 @@ struct AttentionKernels {
 
 template <typename Io, typename Tile>
 const AttentionKernels<Io, Tile>& attention_kernels();
-
-// Zeroed, aligned memory for one thread, freed at the end of its work.
-class Scratch {
- public:
-  template <typename T>
-  T* take(int64_t n) {
-    constexpr int64_t kAlign = 64, kSlack = 64 * sizeof(float); // transpositions run over the end
-    char* block = static_cast<char*>(std::calloc(n * sizeof(T) + kSlack + kAlign, 1));
-    TORCH_CHECK(block != nullptr, "rel_pos_attention: out of memory");
-    blocks_.emplace_back(block, std::free);
-    return reinterpret_cast<T*>(round_up(reinterpret_cast<int64_t>(block), kAlign));
-  }
-
- private:
-  std::vector<std::unique_ptr<char, void (*)(void*)>> blocks_;
-};
-
-// The depth of a tile product over n: bf16 goes by pairs, the odd one out is paired with zero.
-template <typename Tile>
-int64_t depth(int64_t n) {
-  return std::is_same_v<Tile, float> ? n : round_up(n, 2);
-}
 
 struct Unit {
   int64_t batch, head, top, left, rows, columns; // of the window: where it starts, how much is inside the grid
@@ -286,23 +240,6 @@ void transpose_keys(const Layout& layout, const Tiling& tiles, const Tile* rows,
 
 inline Tiling key_tiling(const Layout& layout) {
   return Tiling(layout.keys, kKeyTile);
-}
-
-// Runs tasks 0 ... tasks - 1; whichever thread is free takes the next `run` of them. make() builds a thread's
-// worker.
-template <typename Make>
-void run_tasks(int64_t tasks, int64_t run, const Make& make) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    {
-      auto worker = make();
-      for (int64_t begin = next.fetch_add(run); begin < tasks; begin = next.fetch_add(run)) {
-        for (int64_t task = begin; task < std::min(begin + run, tasks); ++task) worker.run(task);
-      }
-    }
-    tile_release();
-  });
 }
 
 } // namespace rskernels

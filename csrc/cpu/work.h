@@ -1,0 +1,76 @@
+// What kernels made of tile products share: how ranges are cut, a thread's buffers, and a task queue.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "tile.h"
+
+namespace rskernels {
+
+constexpr int64_t kVector = 16; // lanes and row lengths are multiples of it at every instruction set
+
+inline int64_t round_up(int64_t n, int64_t step) {
+  return (n + step - 1) / step * step;
+}
+
+// A range cut into equal tiles, the last one smaller.
+struct Tiling {
+  int64_t total, size, count;
+
+  Tiling(int64_t n, int64_t largest) : total(n) {
+    const int64_t pieces = (n + largest - 1) / largest;
+    size = round_up((n + pieces - 1) / pieces, kVector);
+    count = (n + size - 1) / size;
+  }
+  int64_t begin(int64_t tile) const { return tile * size; }
+  int64_t length(int64_t tile) const { return std::min(size, total - begin(tile)); }
+};
+
+// Zeroed, aligned memory for one thread, freed at the end of its work.
+class Scratch {
+ public:
+  template <typename T>
+  T* take(int64_t n) {
+    constexpr int64_t kAlign = 64, kSlack = 64 * sizeof(float); // transpositions run over the end
+    char* block = static_cast<char*>(std::calloc(n * sizeof(T) + kSlack + kAlign, 1));
+    TORCH_CHECK(block != nullptr, "rskernels: out of memory for a thread's buffers");
+    blocks_.emplace_back(block, std::free);
+    return reinterpret_cast<T*>(round_up(reinterpret_cast<int64_t>(block), kAlign));
+  }
+
+ private:
+  std::vector<std::unique_ptr<char, void (*)(void*)>> blocks_;
+};
+
+// The depth of a tile product over n: bf16 goes by pairs, the odd one out is paired with zero.
+template <typename Tile>
+int64_t depth(int64_t n) {
+  return std::is_same_v<Tile, float> ? n : round_up(n, 2);
+}
+
+// Runs tasks 0 ... tasks - 1; whichever thread is free takes the next `run` of them. make() builds a thread's
+// worker.
+template <typename Make>
+void run_tasks(int64_t tasks, int64_t run, const Make& make) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    {
+      auto worker = make();
+      for (int64_t begin = next.fetch_add(run); begin < tasks; begin = next.fetch_add(run)) {
+        for (int64_t task = begin; task < std::min(begin + run, tasks); ++task) worker.run(task);
+      }
+    }
+    tile_release();
+  });
+}
+
+} // namespace rskernels
