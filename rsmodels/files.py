@@ -8,12 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -70,6 +76,35 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def hold_folder(folder: str | os.PathLike[str]) -> IO[str]:
+    """Make `folder` this process's to write into, until the returned file is closed or the process ends.
+
+    A folder that another process holds is a ValueError that names it. A lock of the system's, so that none is
+    left behind by a kill; of POSIX's kind, so that processes forked for reading do not keep it. Where the
+    file system knows no locks, nobody is kept out.
+    """
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.open("a+", encoding="utf-8")
+    if fcntl is None:
+        return lock
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        holder = lock.read().strip() or "another process"
+        lock.close()
+        raise ValueError(
+            f"{folder}: {holder} is writing there; let it finish, stop it, or choose another folder"
+        ) from None
+    except OSError:
+        return lock
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}\n")
+    lock.flush()
+    return lock
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -314,9 +314,10 @@ def load_model(
     record_path, weights_path = directory / "model.json", directory / "model.safetensors"
     for path in (record_path, weights_path):
         if not path.is_file():
+            best = directory / "best"
+            advice = f"did you mean {best}?" if (best / path.name).is_file() else "as runs/NAME/best"
             raise FileNotFoundError(
-                f"{path}: no such file; expected a folder with model.json and model.safetensors, "
-                "as runs/NAME/best"
+                f"{path}: no such file; expected a folder with model.json and model.safetensors; {advice}"
             )
     info = read_json(record_path)
     for key in ("model", "arguments", "mean", "std"):

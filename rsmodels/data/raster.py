@@ -114,7 +114,8 @@ class Scene:
         if not all(1 <= band <= raster.count for band in chosen):
             raise ValueError(
                 f"{self.path}: has {raster.count} band{'s' * (raster.count > 1)}, the model takes bands "
-                f"{', '.join(map(str, chosen))}; choose {count} with --bands (one may be repeated)"
+                f"{', '.join(map(str, chosen))}; choose {count} with --bands (counted from 1, one may be "
+                "repeated)"
             )
         if any(np.issubdtype(np.dtype(raster.dtypes[band - 1]), np.complexfloating) for band in chosen):
             raise ValueError(f"{self.path}: holds complex numbers; convert them to amplitudes first")
@@ -128,6 +129,10 @@ class Scene:
 
     def _scaling(self, mean: np.ndarray, std: np.ndarray, scale: Scale) -> tuple[np.ndarray, np.ndarray]:
         """Gain and offset, float32, per band."""
+        if isinstance(scale, int | float) and not 0 < abs(scale) < np.inf:
+            raise ValueError(
+                f"scale {scale:g}: expected a factor for the pixel values, other than 0, or 'auto'"
+            )
         gain = np.full(len(mean), 1.0 if scale is None or scale == "auto" else scale)
         offset = np.zeros(len(mean))
         sample = self._sample()

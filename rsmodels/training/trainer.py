@@ -27,6 +27,7 @@ from rsmodels.data.transforms import Batch
 from rsmodels.evaluation.evaluate import EvaluateConfig, evaluate
 from rsmodels.evaluation.inference import pick_dtype
 from rsmodels.evaluation.metrics import ConfusionMatrix, logits_to_ids
+from rsmodels.files import hold_folder
 from rsmodels.registry import Preprocessing, save_model
 from rsmodels.training import build
 from rsmodels.training.checkpoint import Checkpoints, DamagedCheckpointError, candidates
@@ -111,7 +112,8 @@ class Trainer:
             notes.append(f"the report will look at the validation images: {no_test}")
 
         with ranks.together():
-            if ranks.main:
+            if ranks.main:  # ranks that outlived a killed torchrun still hold theirs
+                self.lock = hold_folder(self.folder)
                 write_config(config, self.folder / "config.yaml")
             self.log = RunLog(self.folder, first_step=self.first_step, steps=self.steps, main=ranks.main)
             for note in notes:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from rsmodels.files import atomic_directory, atomic_path, read_json, write_json
+from rsmodels.files import atomic_directory, atomic_path, hold_folder, read_json, write_json
 
 
 def names(folder: Path) -> list[str]:
@@ -55,3 +57,18 @@ def test_json_that_is_not_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("{half")
     with pytest.raises(ValueError, match=r"a\.json: not a readable JSON file"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_folder_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
+    code = (
+        "import sys; from rsmodels.files import hold_folder; "
+        f"lock = hold_folder({str(tmp_path / 'run')!r}); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(ValueError, match=rf"run: process {other.pid} on .* is writing there"):
+            hold_folder(tmp_path / "run")
+        other.kill()
+    hold_folder(tmp_path / "run").close()

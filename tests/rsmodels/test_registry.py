@@ -200,6 +200,9 @@ def test_load_errors(tmp_path: Path) -> None:
         load_model(tmp_path)
     one_line(error, tmp_path, "runs/NAME/best")
     save_model(tiny(), tmp_path / "best")
+    with pytest.raises(FileNotFoundError) as error:
+        load_model(tmp_path)
+    one_line(error, f"did you mean {tmp_path / 'best'}?")
     with pytest.raises(ValueError, match="holds rs_sam_tiny, expected rs_sam_vit_b") as error:
         load_model(tmp_path / "best", model="rs_sam_vit_b")
     one_line(error, tmp_path / "best")

@@ -86,6 +86,12 @@ def test_scale_multiplies(write: Write, pixels: np.ndarray) -> None:
     np.testing.assert_allclose(found, pixels, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", (0, float("nan"), float("inf")))
+def test_a_scale_that_leaves_nothing_of_the_image(write: Write, pixels: np.ndarray, scale: float) -> None:
+    with pytest.raises(ValueError, match=f"scale {scale:g}: expected a factor"):
+        read_all(write(pixels), scale=scale)
+
+
 def test_auto_scale_meets_the_models_statistics(write: Write) -> None:
     rng = np.random.default_rng(0)
     reflectance = rng.normal((3000, 500, 1200), (400, 50, 300), (60, 60, 3)).transpose(2, 0, 1)
