@@ -1,0 +1,284 @@
+"""DINOv2's vision transformer (Oquab et al. 2023, https://arxiv.org/abs/2304.07193; registers: Darcet et al.
+2023, https://arxiv.org/abs/2309.16588), for any input size.
+
+Parameter for parameter Meta's `dinov2_vit*_pretrain.pth` (without the mask token, which only pretraining
+uses): patch 14 or 16, a class token, registers or none, layer scale, SwiGLU in the giant. Attention is
+rskernels.rel_pos_attention without tables, the token sequence as a grid of one row.
+
+Shapes: B batch, H/W pixels, h/w patches, R registers, N = 1 + R + h·w tokens, D embedding.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import rskernels
+from rsmodels.encoders.dinov2_weights import load_dinov2
+from rsmodels.encoders.features import FeatureBackbone
+from rsmodels.layers import LayerNorm, Linear, image_size_pair
+from rsmodels.registry import register_encoder
+from rsmodels.weights import LoadReport
+
+PATCH_SIZES = (14, 16)
+PRETRAINED_GRID = 37  # Meta's position embeddings: 518 pixels of patch 14
+
+
+class DinoViT(nn.Module):
+    """images (B, 3, H, W) → tokens (B, N, D) after the final norm: class token, registers, patches.
+
+    Args:
+        embed_dim, depth, num_heads: of the transformer.
+        image_size: H and W (or one int for both), multiples of the patch size; the size of every input.
+        patch_size: 14 as published, or 16: the patch embedding is then resized at load time.
+        registers: register tokens, 0 or 4 as published.
+        swiglu: gated feed-forward layers, as in the giant.
+        antialias: resize position embeddings with a low-pass filter, as timm does and as Meta does for models
+            with registers; None: with registers only.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        *,
+        image_size: int | tuple[int, int] = 518,
+        patch_size: int = 14,
+        registers: int = 0,
+        swiglu: bool = False,
+        antialias: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if patch_size not in PATCH_SIZES:
+            raise ValueError(f"patch_size={patch_size}: expected 14, as DINOv2 was trained with, or 16")
+        self.image_size = image_size_pair(image_size, multiple_of=patch_size)
+        self.patch_size = patch_size
+        self.grid_size = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
+        self.embed_dim = embed_dim
+        self.antialias = registers > 0 if antialias is None else antialias
+
+        self.patch_embed = PatchEmbed(embed_dim, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid_size[0] * self.grid_size[1], embed_dim))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads=num_heads, swiglu=swiglu) for _ in range(depth)
+        )
+        self.norm: nn.Module = LayerNorm(embed_dim)
+        self.activation_checkpointing = False
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens before the patches: the class token and the registers."""
+        return 1 + (0 if self.register_tokens is None else self.register_tokens.shape[1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images)
+        for block in self.blocks:
+            x = self.run_block(block, x)
+        return self.norm(x)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """What enters the first block: (B, N, D)."""
+        if images.shape[1:] != (3, *self.image_size):
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}: this model takes (B, 3, {self.image_size[0]}, "
+                f"{self.image_size[1]}); resize or tile the images, or create the model with their "
+                "image_size="
+            )
+        patches = self.patch_embed(images)
+        cls_token = self.cls_token.expand(len(images), -1, -1)
+        x = torch.cat([cls_token, patches], dim=1) + self.pos_embed
+        if self.register_tokens is None:
+            return x
+        # Registers have no position.
+        return torch.cat([x[:, :1], self.register_tokens.expand(len(images), -1, -1), x[:, 1:]], dim=1)
+
+    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        """`block(x)`, recomputed in backward where activation checkpointing is on."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def forward_intermediates(
+        self, images: Tensor, indices: Sequence[int], *, normed: Sequence[int] = ()
+    ) -> list[Tensor]:
+        """The patch tokens after the blocks `indices` (ascending), as maps (B, D, h, w); no later block runs.
+
+        normed: those of the indices whose map is to pass the final norm (Meta's own use norms every map, the
+        papers of this library the last one or none).
+        """
+        x = self.embed(images)
+        features = []
+        for i, block in enumerate(self.blocks):
+            x = self.run_block(block, x)
+            if i in indices:
+                tokens = (self.norm(x) if i in normed else x)[:, self.prefix_tokens :]
+                features.append(tokens.transpose(1, 2).unflatten(2, self.grid_size))
+            if i == indices[-1]:
+                break
+        return features
+
+    def features_only(self, out_indices: Sequence[int]) -> FeatureBackbone:
+        """This encoder as a timm-like backbone of raw maps; see rsmodels.create_backbone."""
+        self.norm = nn.Identity()  # every parameter left is used
+        return FeatureBackbone(self, out_indices, reduction=self.patch_size)
+
+    def resize_state(self, state: dict[str, Tensor], prefix: str = "") -> dict[str, str]:
+        """Fit patch and position embeddings in `state` to this model, in place; the changed keys, each with
+        how. Position embeddings come from a square grid."""
+        changed = {}
+        key = f"{prefix}patch_embed.proj.weight"
+        if key in state and state[key].shape[-1] != self.patch_size:
+            changed[key] = f"patch {state[key].shape[-1]} → {self.patch_size}, bicubic"
+            state[key] = resize_patch_embedding(state[key], self.patch_size)
+        key = f"{prefix}pos_embed"
+        if key in state and state[key].shape[1] != self.pos_embed.shape[1]:
+            side = round((state[key].shape[1] - 1) ** 0.5)
+            if side * side != state[key].shape[1] - 1:
+                raise ValueError(
+                    f"{key} has {state[key].shape[1]} rows; expected a square grid of positions after the "
+                    "class token's, to resize it from"
+                )
+            changed[key] = f"{side}x{side} → {self.grid_size[0]}x{self.grid_size[1]} patches, bicubic"
+            state[key] = resize_position_embedding(state[key], side, self.grid_size, self.antialias)
+        return changed
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute each block's activations in backward instead of keeping them."""
+        self.activation_checkpointing = enabled
+
+    def load_pretrained(self, source: str) -> LoadReport:
+        """Load a DINOv2 checkpoint (a file or a hub id) in Meta's, timm's or transformers' layout."""
+        return load_dinov2(self, source)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, embedded: (B, 3, H, W) → (B, h·w, D)."""
+
+    def __init__(self, embed_dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with layer scale: (B, N, D) → (B, N, D)."""
+
+    def __init__(self, dim: int, *, num_heads: int, swiglu: bool) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = Attention(dim, num_heads=num_heads)
+        self.ls1 = LayerScale(dim)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = SwiGLU(dim) if swiglu else FeedForward(dim)
+        self.ls2 = LayerScale(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.ls1(x, self.attn(self.norm1(x)))
+        return self.ls2(x, self.mlp(self.norm2(x)))
+
+
+class LayerScale(nn.Module):
+    """x + gamma · update, gamma one factor per channel."""
+
+    def __init__(self, dim: int, initial: float = 1e-5) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), initial))
+
+    def forward(self, x: Tensor, update: Tensor) -> Tensor:
+        return torch.addcmul(x, update, self.gamma.to(update.dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, D) → (B, N, D)."""
+
+    def __init__(self, dim: int, *, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unsqueeze(1)  # a grid of one row
+        out = rskernels.rel_pos_attention(qkv, None, None, num_heads=self.num_heads)
+        return self.proj(out.squeeze(1))
+
+
+class FeedForward(nn.Module):
+    """fc2(gelu(fc1(x))), four times as wide inside."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, 4 * dim, activation="gelu")
+        self.fc2 = Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x))
+
+
+class SwiGLU(nn.Module):
+    """w3(silu(g) · u) with (g, u) = w12(x), each two thirds of four times the width, rounded up to eights."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = (4 * dim * 2 // 3 + 7) // 8 * 8
+        self.w12 = Linear(dim, 2 * hidden)
+        self.w3 = Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * up)
+
+
+def resize_patch_embedding(weight: Tensor, patch_size: int) -> Tensor:
+    """(D, C, p, p) → (D, C, patch_size, patch_size), bicubic, as CrossEarth's and Rein's authors do."""
+    size = (patch_size, patch_size)
+    resized = F.interpolate(weight.float(), size=size, mode="bicubic", align_corners=False)
+    return resized.to(weight.dtype)
+
+
+def resize_position_embedding(
+    pos_embed: Tensor, side: int, grid_size: tuple[int, int], antialias: bool
+) -> Tensor:
+    """(1, 1 + side², D) → (1, 1 + h·w, D), bicubic; the class token's row stays."""
+    grid = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=grid_size, mode="bicubic", antialias=antialias, align_corners=False)
+    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
+
+
+@register_encoder
+def dinov2_vit_s(*, image_size: int | tuple[int, int] = 518, **options: Any) -> DinoViT:
+    """DINOv2 ViT-S: 12 blocks of width 384."""
+    return DinoViT(384, 12, 6, image_size=image_size, **options)
+
+
+@register_encoder
+def dinov2_vit_b(*, image_size: int | tuple[int, int] = 518, **options: Any) -> DinoViT:
+    """DINOv2 ViT-B: 12 blocks of width 768."""
+    return DinoViT(768, 12, 12, image_size=image_size, **options)
+
+
+@register_encoder
+def dinov2_vit_l(*, image_size: int | tuple[int, int] = 518, **options: Any) -> DinoViT:
+    """DINOv2 ViT-L: 24 blocks of width 1024."""
+    return DinoViT(1024, 24, 16, image_size=image_size, **options)
+
+
+@register_encoder
+def dinov2_vit_g(*, image_size: int | tuple[int, int] = 518, **options: Any) -> DinoViT:
+    """DINOv2 ViT-g: 40 blocks of width 1536 with SwiGLU."""
+    return DinoViT(1536, 40, 24, image_size=image_size, swiglu=True, **options)
+
+
+@register_encoder
+def dinov2_vit_tiny(*, image_size: int | tuple[int, int] = 112, **options: Any) -> DinoViT:
+    """The same encoder small enough to train on a CPU; no pretrained weights are published."""
+    return DinoViT(128, 4, 4, image_size=image_size, **options)
