@@ -36,6 +36,7 @@ struct DeformableKernels {
   void (*pack_rows)(const Io* from, int64_t stride, int64_t rows, int64_t dim, Io* to, int64_t row);
   void (*widen_rows)(const Io* from, int64_t stride, int64_t rows, int64_t dim, float* to, int64_t row);
   void (*narrow_rows)(const float* from, int64_t row, int64_t rows, int64_t dim, Io* to, int64_t stride);
+  void (*copy_few)(const float* from, float* to, int64_t n);
   void (*place)(const Samples& samples, int64_t count);
   void (*gather)(const Io* maps, int64_t row, const Samples& samples, int64_t begin, int64_t end, float* out);
   void (*scatter)(
@@ -122,10 +123,16 @@ class SampleTile {
   // Queries begin ... begin + n of a unit.
   template <typename Io>
   void load(const DeformableKernels<Io>& simd, int64_t unit, int64_t begin, int64_t n) {
-    for (int64_t q = 0; q < n; ++q) {
-      const int64_t from = sample_index(unit, begin + q);
-      std::copy_n(locations_ + 2 * from, 2 * per_query, samples.locations + 2 * q * per_query);
-      std::copy_n(weights_ + from, per_query, samples.weights + q * per_query);
+    const int64_t stride = layout_.heads * layout_.samples(), ahead = 8 * stride;
+    const float* from = locations_ + 2 * sample_index(unit, begin);
+    const float* weight = weights_ + sample_index(unit, begin);
+    for (int64_t q = 0; q < n; ++q, from += 2 * stride, weight += stride) {
+      __builtin_prefetch(
+          from + 2 * ahead); // another head's samples lie between: nothing fetches ahead by itself
+      __builtin_prefetch(from + 2 * ahead + 2 * per_query - 1);
+      __builtin_prefetch(weight + ahead);
+      simd.copy_few(from, samples.locations + 2 * q * per_query, 2 * per_query);
+      simd.copy_few(weight, samples.weights + q * per_query, per_query);
     }
     simd.place(samples, n * per_query);
   }

@@ -63,8 +63,8 @@ class SampleGradients {
     simd_.differentiate(maps, grads_, layout_.row, tile_.samples, n * per_query, locations_, weights_);
     for (int64_t q = 0; q < n; ++q) {
       const int64_t to = tile_.sample_index(unit, begin + q);
-      std::copy_n(locations_ + 2 * q * per_query, 2 * per_query, grad_locations_ + 2 * to);
-      std::copy_n(weights_ + q * per_query, per_query, grad_weights_ + to);
+      simd_.copy_few(locations_ + 2 * q * per_query, grad_locations_ + 2 * to, 2 * per_query);
+      simd_.copy_few(weights_ + q * per_query, grad_weights_ + to, per_query);
     }
   }
 

@@ -50,11 +50,25 @@ RSK_INLINE VecF sum_each(VecF (&rows)[kLanes]) {
   }
 }
 
+// A few neighbours: too few for a call of memcpy to pay.
+inline void copy_few(const float* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  for (; i + 4 <= n; i += 4) std::memcpy(to + i, from + i, 4 * sizeof(float));
+  for (; i < n; ++i) to[i] = from[i];
+}
+
+// One head's rows lie far apart, where no processor fetches ahead by itself.
+constexpr int64_t kRowsAhead = 8;
+
 template <typename Io>
 inline void pack_rows(const Io* from, int64_t stride, int64_t rows, int64_t dim, Io* to, int64_t row) {
   for (int64_t r = 0; r < rows; ++r, from += stride, to += row) {
     int64_t c = 0;
-    for (; c + kLanes <= dim; c += kLanes) std::memcpy(to + c, from + c, kLanes * sizeof(Io));
+    for (; c + kLanes <= dim; c += kLanes) {
+      __builtin_prefetch(from + kRowsAhead * stride + c);
+      std::memcpy(to + c, from + c, kLanes * sizeof(Io));
+    }
     for (; c < dim; ++c) to[c] = from[c];
     for (; c < row; ++c) to[c] = Io(0);
   }
@@ -65,7 +79,10 @@ template <typename Io>
 inline void widen_rows(const Io* from, int64_t stride, int64_t rows, int64_t dim, float* to, int64_t row) {
   for (int64_t r = 0; r < rows; ++r) {
     int64_t c = 0;
-    for (; c + kLanes <= dim; c += kLanes) store(to + r * row + c, load(from + r * stride + c));
+    for (; c + kLanes <= dim; c += kLanes) {
+      __builtin_prefetch(from + (r + kRowsAhead) * stride + c);
+      store(to + r * row + c, load(from + r * stride + c));
+    }
     for (; c < dim; ++c) to[r * row + c] = static_cast<float>(from[r * stride + c]);
   }
 }
@@ -247,6 +264,7 @@ inline constexpr DeformableKernels<Io> kDeformableKernels = {
     pack_rows<Io>,
     widen_rows<Io>,
     narrow_rows<Io>,
+    copy_few,
     place,
     gather<Io>,
     scatter,
