@@ -34,7 +34,7 @@ TABLE: dict[str, dict[str, dict[torch.dtype, tuple[str, ...]]]] = {
     "cross_attention": {},
     "distillation_loss": {},
     "dilated_aspp": {},
-    "deformable_attention": {},
+    "deformable_attention": _CPP,
 }
 
 
