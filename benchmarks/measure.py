@@ -57,7 +57,9 @@ class Case:
     """One line of a report: the same work done by several candidates.
 
     `build` returns the candidates by name; the one called "rskernels" is ours, the one called `reference`
-    defines the right answer. `flops` is the arithmetic of one call (multiply and add counted apart).
+    defines the right answer. `flops` is the arithmetic of one call (multiply and add counted apart), `bytes`
+    the least memory traffic of a call whose tensors no cache holds: inputs read once, outputs written once.
+    Their floor on this machine is the roofline that a report compares with.
     """
 
     name: str
@@ -65,12 +67,17 @@ class Case:
     dtype: torch.dtype
     flops: float = 0.0
     reference: str = "eager"
+    bytes: float = 0.0
     ours: str = "rskernels"
     # Relative error against the reference candidate above which the case is not reported.
     tolerance: float = field(default=0.0)
 
     def allowed_error(self) -> float:
         return self.tolerance or (2e-5 if self.dtype == torch.float32 else 3e-2)
+
+    def floor(self, peak: float, bandwidth: float) -> float:
+        """Seconds that no implementation beats at `peak` FLOP/s and `bandwidth` bytes/s."""
+        return max(self.flops / peak, self.bytes / bandwidth)
 
 
 def seconds(calls: Mapping[str, Call], *, rounds: int = 7, budget: float = 20.0) -> dict[str, float]:

@@ -23,7 +23,7 @@ from rsmodels.files import atomic_path, read_json, write_json
 RESULTS = Path(__file__).parent / "results"
 
 
-def run_case(case: Case, peaks: dict[str, float], memory: bool) -> dict[str, object]:
+def run_case(case: Case, peaks: dict[str, float], bandwidth: float, memory: bool) -> dict[str, object]:
     """Everything that is published about one case."""
     calls = case.build()
     errors = disagreement(case, calls)
@@ -37,8 +37,8 @@ def run_case(case: Case, peaks: dict[str, float], memory: bool) -> dict[str, obj
         "milliseconds": {name: 1e3 * value for name, value in times.items()},
         "ratio": {name: value / ours for name, value in times.items() if name != case.ours},
     }
-    if case.flops:
-        row["share_of_peak"] = case.flops / ours / peaks[str(case.dtype)[6:]]
+    if case.flops or case.bytes:
+        row["share_of_roofline"] = case.floor(peaks[str(case.dtype)[6:]], bandwidth) / ours
     del calls
     if memory:
         peaks_of = {name: peak_bytes(case, name) for name in times}
@@ -48,14 +48,14 @@ def run_case(case: Case, peaks: dict[str, float], memory: bool) -> dict[str, obj
 
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| case | ours | ratio to peers | share of matrix peak | peak memory, ours / peers |",
+    lines = ["| case | ours | ratio to peers | share of roofline | peak memory, ours / peers |",
              "| --- | --- | --- | --- | --- |"]  # fmt: skip
     for row in rows:
         if "disagrees" in row:
             lines.append(f"| {row['case']} | outputs disagree: {row['disagrees']} | | | |")
             continue
         ratios = ", ".join(f"{value:.2f}x {name}" for name, value in row["ratio"].items())
-        share = f"{row['share_of_peak']:.0%}" if "share_of_peak" in row else ""
+        share = f"{row['share_of_roofline']:.0%}" if "share_of_roofline" in row else ""
         peaks = " / ".join(f"{value:.0f} MiB" for value in row.get("peak_mib", {}).values())
         ours = row["milliseconds"]["rskernels"]
         lines.append(f"| {row['case']} | {ours:.1f} ms | {ratios} | {share} | {peaks} |")
@@ -101,11 +101,12 @@ def main(argv: list[str] | None = None) -> int:
 
     path = RESULTS / f"{options.name}.json"
     peaks = {"float32": matrix_peak(torch.float32), "bfloat16": matrix_peak(torch.bfloat16)}
+    bandwidth = copy_bandwidth()
     results: dict = {
         "machine": machine(),
         "date": datetime.date.today().isoformat(),
         "matrix_peak_gflops": {name: value / 1e9 for name, value in peaks.items()},
-        "copy_gbytes_per_second": copy_bandwidth() / 1e9,
+        "copy_gbytes_per_second": bandwidth / 1e9,
         # Suites that are not run again keep their figures, if the machine and versions are the same.
         "suites": {},
     }
@@ -116,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         for case in SUITES[suite].cases():
             if options.match in case.name:
                 print(f"{suite}: {case.name}", file=sys.stderr, flush=True)
-                rows.append(run_case(case, peaks, options.memory))
+                rows.append(run_case(case, peaks, bandwidth, options.memory))
         print(f"\n## {suite}\n\n{table(rows)}\n", flush=True)
         results["suites"][suite] = rows
         if not options.match:  # after every suite: what took minutes survives a later crash
