@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import threading
 
 import pytest
@@ -236,6 +237,14 @@ def test_instruction_set_override(extension, run_python):
     assert run_python(code, RSKERNELS_ISA="baseline").stdout.strip() == "baseline"
     with pytest.raises(ValueError, match="sse9"):
         extension.set_cpu_capability("sse9")
+
+
+def test_make_sanitize_tests_the_sanitized_extension(extension, run_python):
+    """Here and in fresh processes; elsewhere the extension is the ordinary one."""
+    sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
+    assert ("sanitizer" in extension.build_info()) == sanitized
+    code = "from rskernels import _C; print('sanitizer' in _C.build_info())"
+    assert run_python(code).stdout.strip() == str(sanitized)
 
 
 def test_without_the_extension_the_reference_serves(run_python):
