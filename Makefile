@@ -1,11 +1,11 @@
-# make install | demo | test | bench | lint | format | clean.  Everything happens inside .venv.
+# make install | demo | test | sanitize | bench | lint | format | clean.  Everything happens inside .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RANKS ?= 2
 
-.PHONY: install demo test bench lint format clean
+.PHONY: install demo test sanitize bench lint format clean
 
 # The slow part (downloads) runs again only when what it depends on changed; the in-place build of the
 # extension always runs and takes a second when nothing changed.
@@ -37,6 +37,15 @@ demo: install
 # Two processes of one thread each: faster than one of two, and the same everywhere.
 test: install
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadscope $(ARGS)
+
+# The C++ tests at every instruction set and the operators' Python tests under AddressSanitizer and UBSan, in
+# build/sanitize: what `make test` uses stays as it is.
+sanitize: export PATH := $(CURDIR)/$(BIN):$(PATH)
+sanitize: install
+	@command -v cmake >/dev/null || { echo "make sanitize: no cmake; install one, or run: $(BIN)/python -m pip install cmake" >&2; exit 1; }
+	@cmake -S . -B build/sanitize -G Ninja --log-level=WARNING -DSANITIZE=ON -DPython3_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	@cmake --build build/sanitize
+	@ctest --test-dir build/sanitize --output-on-failure --no-tests=error
 
 bench: install
 	@$(BIN)/python -m benchmarks.report

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import multiprocessing
+import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -22,8 +23,10 @@ from torch import Tensor
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
-Call = Callable[[], Tensor | tuple[Tensor, ...]]
+# What is compared with, where installed; its versions are part of a result.
+PEERS = ("timm", "openvino", "zentorch", "liger-kernel", "xformers", "mmcv", "natten")
 
+Call = Callable[[], Tensor | tuple[Tensor, ...]]
 
 PASSES = ("forward", "backward", "both")
 
@@ -56,8 +59,12 @@ def call_of(which: str, form: Callable[..., Tensor | tuple[Tensor, ...]], inputs
 class Case:
     """One line of a report: the same work done by several candidates.
 
-    `build` returns the candidates by name; the one called "rskernels" is ours, the one called `reference`
-    defines the right answer. `flops` is the arithmetic of one call (multiply and add counted apart).
+    `build` returns the candidates by name, any number of them; the one called `ours` is ours, the one called
+    `reference` defines the right answer. One that raises at its first call is reported as not available, with
+    what it raised (see `lazily`), and so is one that disagrees with the reference. `flops` is the arithmetic
+    of one call (multiply and add counted apart), `bytes` the least memory traffic of a call whose tensors no
+    cache holds: inputs read once, outputs written once. Their floor on this machine is the roofline that a
+    report compares with.
     """
 
     name: str
@@ -65,74 +72,101 @@ class Case:
     dtype: torch.dtype
     flops: float = 0.0
     reference: str = "eager"
+    bytes: float = 0.0
     ours: str = "rskernels"
-    # Relative error against the reference candidate above which the case is not reported.
+    # Relative error against the reference above which a candidate is not reported, and without ours no case.
     tolerance: float = field(default=0.0)
 
     def allowed_error(self) -> float:
         return self.tolerance or (2e-5 if self.dtype == torch.float32 else 3e-2)
 
+    def floor(self, peak: float, bandwidth: float) -> float:
+        """Seconds that no implementation beats at `peak` FLOP/s and `bandwidth` bytes/s."""
+        return max(self.flops / peak, self.bytes / bandwidth)
 
-def seconds(calls: Mapping[str, Call], *, rounds: int = 7, budget: float = 20.0) -> dict[str, float]:
-    """Median seconds of each call over interleaved rounds; at least 3 of them when `budget` runs out."""
-    for call in calls.values():
+
+def lazily(make: Callable[[], Call]) -> Call:
+    """A candidate that is built at its first call, which is never timed, and kept: for what takes long to
+    compile or convert, or may be missing here. What `make` raises is reported as the reason."""
+    made: list[Call] = []
+
+    def call() -> Tensor | tuple[Tensor, ...]:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return call
+
+
+def first_calls(case: Case, calls: Mapping[str, Call]) -> tuple[dict[str, float], dict[str, str]]:
+    """The first call of every candidate: relative errors ‖out − ref‖/‖ref‖ against the case's reference, the
+    worst output's, and why a candidate is not available: what it raised, or that its answer is another."""
+    errors: dict[str, float] = {}
+    missing: dict[str, str] = {}
+    expected: list[Tensor] = []
+    for name in sorted(calls, key=lambda name: name != case.reference):  # the reference first
+        try:
+            result = calls[name]()
+        except Exception as error:  # whatever a peer's stack raises is a finding, not a crash
+            missing[name] = _in_one_line(error)
+            if name == case.reference:
+                break
+            continue
+        outputs = [tensor.double() for tensor in (result if isinstance(result, tuple) else (result,))]
+        expected = expected or outputs
+        if [tensor.shape for tensor in outputs] != [tensor.shape for tensor in expected]:
+            missing[name] = f"outputs of other shapes: {[tuple(tensor.shape) for tensor in outputs]}"
+            continue
+        pairs = zip(outputs, expected, strict=True)
+        found = [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs]
+        errors[name] = max(found, key=lambda error: (math.isnan(error), error))
+        if not errors[name] <= case.allowed_error():
+            missing[name] = f"outputs disagree, relative error {errors[name]:.1e}"
+    return errors, missing
+
+
+def _in_one_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160].rstrip(": ")
+
+
+def seconds(
+    calls: Mapping[str, Call], *, rounds: int = 7, budget: float = 4.0, warm: bool = False
+) -> dict[str, float]:
+    """Median seconds of each call over interleaved rounds: `rounds` of them, more while they take less than
+    half a second in all, fewer, but at least 3, when `budget` seconds are over. `warm`: they ran before."""
+    for call in () if warm else calls.values():
         call()
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    started = time.perf_counter()
-    for done in range(rounds):
-        if done >= 3 and time.perf_counter() - started > budget:
-            break
+    done, started = 0, time.perf_counter()
+    while True:
         for name, call in calls.items():
             begin = time.perf_counter()
             call()
             taken[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(values) for name, values in taken.items()}
+        done, elapsed = done + 1, time.perf_counter() - started
+        if done >= 3 and (elapsed > budget or (done >= rounds and elapsed > 0.5)):
+            return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def disagreement(case: Case, calls: Mapping[str, Call]) -> dict[str, float]:
-    """Relative error ‖out − ref‖/‖ref‖ of every candidate against the case's reference, worst output each."""
-
-    def outputs(call: Call) -> tuple[Tensor, ...]:
-        result = call()
-        return result if isinstance(result, tuple) else (result,)
-
-    expected = [tensor.double() for tensor in outputs(calls[case.reference])]
-    errors = {}
-    for name, call in calls.items():
-        pairs = zip(outputs(call), expected, strict=True)
-        errors[name] = max(float((a.double() - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
-    return errors
-
-
-def _peak_of(build: Callable[[], Mapping[str, Call]], name: str, threads: int, queue) -> None:
-    torch.set_num_threads(threads)
-    call = build()[name]
-    call()  # what is loaded or compiled once is not what a call costs
+def peak_bytes(call: Call) -> int | None:
+    """Bytes by which a call, warmed up, raises this process's peak memory; None outside Linux. What a library
+    keeps between calls (weights, packed or compiled ones, scratch memory) is not in it."""
+    if not CLEAR_REFS.exists():
+        return None
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # memory that was freed but not given back would hide what the call takes
     CLEAR_REFS.write_text("5")  # the peak starts anew from here
     before = _resident_peak()
     call()
-    queue.put(_resident_peak() - before)
+    return _resident_peak() - before
 
 
 def _resident_peak() -> int:
-    """Peak resident bytes of this process. (getrusage would do, but for inheriting the parent's peak.)"""
     lines = STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
-def peak_bytes(case: Case, name: str) -> int | None:
-    """Bytes by which one call, warmed up, raises the peak memory of a fresh process; None outside Linux."""
-    if not CLEAR_REFS.exists():
-        return None
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_peak_of, args=(case.build, name, torch.get_num_threads(), queue))
-    process.start()
-    value = queue.get()
-    process.join()
-    return value
 
 
 def matrix_peak(dtype: torch.dtype) -> float:
@@ -169,4 +203,12 @@ def machine() -> dict[str, object]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": platform.system(),
+        "peers": {name: version for name in PEERS if (version := _version(name))},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

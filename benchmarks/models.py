@@ -1,24 +1,83 @@
-"""Whole models: SAM's ViT-B encoder against timm's, RS-SAM's training step against the reference backend."""
+"""Whole models: SAM's ViT-B encoder against timm's, RS-SAM's training step against plain PyTorch.
+
+The peers of the encoder run one timm module with our weights: eager, compiled, through OpenVINO and
+through zentorch, each where it is installed. They are compiled or converted once per case, outside what is
+timed. OpenVINO keeps its working memory between calls, so that its peak memory says nothing.
+"""
 
 from __future__ import annotations
 
 import tempfile
+import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rskernels
 import rsmodels
-from benchmarks.measure import Call, Case
+from benchmarks.measure import Call, Case, lazily
 from rsmodels.encoders.sam_vit import sam_vit_b
 
 
-def _build_encoder(size: int, dtype: torch.dtype) -> dict[str, Call]:
+class _Features(nn.Module):
+    """`forward_features` as a module's forward, which is what converters trace."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.forward_features(images)
+
+
+def _infer(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(images)
+
+
+def _compiled(model: nn.Module, images: Tensor, backend: str = "inductor") -> Call:
+    return partial(_infer, torch.compile(model, backend=backend), images)
+
+
+def _through_zentorch(model: nn.Module, images: Tensor) -> Call:
+    import zentorch  # noqa: F401  (registers the compiler's backend of that name)
+
+    return _compiled(model, images, "zentorch")
+
+
+def _through_openvino(model: nn.Module, images: Tensor) -> Call:
+    """The module in float32, as OpenVINO wants it, computing in the dtype of `images`."""
+    import openvino
+
+    example = images.float()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's, about sizes that are constants here
+        converted = openvino.convert_model(model.float(), example_input=example, input=list(example.shape))
+    options = {
+        "INFERENCE_PRECISION_HINT": {torch.float32: "f32", torch.bfloat16: "bf16"}[images.dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.Core().compile_model(converted, "CPU", options)
+    request = compiled.create_infer_request()
+
+    def call() -> Tensor:
+        return torch.from_numpy(request.infer([example.numpy()], share_inputs=True)[0])
+
+    return call
+
+
+def _timm_encoder(size: int) -> nn.Module:
     torch.manual_seed(0)
-    theirs = timm.create_model("samvit_base_patch16", img_size=size, num_classes=0).eval().to(dtype)
+    return timm.create_model("samvit_base_patch16", img_size=size, num_classes=0).eval()
+
+
+def _build_encoder(size: int, dtype: torch.dtype) -> dict[str, Call]:
+    theirs = _timm_encoder(size)
     ours = sam_vit_b(image_size=size)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "encoder.pth")
@@ -26,16 +85,15 @@ def _build_encoder(size: int, dtype: torch.dtype) -> dict[str, Call]:
         ours.load_pretrained(path)
     ours = ours.eval().to(dtype)
     images = torch.randn(1, 3, size, size).to(dtype)
-
-    def run_theirs() -> Tensor:
-        with torch.no_grad():
-            return theirs.forward_features(images)
-
-    def run_ours() -> Tensor:
-        with torch.no_grad():
-            return ours(images)
-
-    return {"rskernels": run_ours, "timm eager": run_theirs}
+    module = _Features(theirs).to(dtype)
+    return {
+        "rskernels": partial(_infer, ours, images),
+        "timm eager": partial(_infer, module, images),
+        "torch.compile": lazily(partial(_compiled, module, images)),
+        # A module of its own: conversion wants float32.
+        "OpenVINO": lazily(lambda: _through_openvino(_Features(_timm_encoder(size)), images)),
+        "zentorch": lazily(partial(_through_zentorch, module, images)),
+    }
 
 
 def _build_training_step(size: int, batch: int, dtype: torch.dtype) -> dict[str, Call]:
@@ -44,22 +102,39 @@ def _build_training_step(size: int, batch: int, dtype: torch.dtype) -> dict[str,
     data = {"image": torch.randn(batch, 3, size, size), "mask": torch.randint(6, (batch, size, size))}
     parameters = [p for p in model.parameters() if p.requires_grad]
 
-    def step(backend: str) -> tuple[Tensor, ...]:
-        with rskernels.backend(backend), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = torch.stack(list(model.losses(data).values())).sum()
-            gradients = torch.autograd.grad(loss, parameters)
-        return (torch.cat([g.flatten() for g in gradients]),)
+    def losses() -> Tensor:
+        return torch.stack(list(model.losses(data).values())).sum()
 
-    return {"rskernels": partial(step, "auto"), "reference backend": partial(step, "reference")}
+    def step(backend: str, losses: Callable[[], Tensor]) -> Tensor:
+        with rskernels.backend(backend), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            gradients = torch.autograd.grad(losses(), parameters)
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    return {
+        "rskernels": partial(step, "auto", losses),
+        "reference backend": partial(step, "reference", losses),
+        "torch.compile of the reference": lazily(lambda: partial(step, "reference", torch.compile(losses))),
+    }
+
+
+def _encoder_flops(size: int) -> float:
+    """Projections, attention (8 blocks of windows of 14, 4 global), patch embedding and neck of ViT-B."""
+    tokens, width = (size // 16) ** 2, 768
+    windows = (-(-size // 16 // 14)) ** 2
+    projections = 12 * 12 * width**2 * tokens
+    attention = 2 * width * (8 * windows * 14**4 + 4 * tokens**2)
+    ends = tokens * (width * 3 * 16**2 + width * 256 + 9 * 256**2)
+    return 2.0 * (projections + attention + ends)
 
 
 def cases() -> list[Case]:
     dtypes = (torch.float32, torch.bfloat16)
     encoders = [
         Case(
-            name=f"SAM ViT-B encoder, {size} pixels, batch 1, forward, {str(dtype)[6:]}",
+            name=f"forward, SAM ViT-B encoder, {size} pixels, batch 1, {str(dtype)[6:]}",
             build=partial(_build_encoder, size, dtype),
             dtype=dtype,
+            flops=_encoder_flops(size),
             reference="timm eager",
             # Twelve layers of bf16 rounding, in another order.
             tolerance=1e-4 if dtype == torch.float32 else 8e-2,
@@ -69,7 +144,7 @@ def cases() -> list[Case]:
     ]
     steps = [
         Case(
-            name=f"RS-SAM ViT-B training step, 512 pixels, batch 2, {str(dtype)[6:]}",
+            name=f"both, RS-SAM ViT-B training step, 512 pixels, batch 2, {str(dtype)[6:]}",
             build=partial(_build_training_step, 512, 2, dtype),
             dtype=dtype,
             reference="reference backend",

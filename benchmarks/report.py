@@ -1,9 +1,13 @@
-"""`python -m benchmarks.report [SUITE ...]`: the figures of README and docs, one table per suite.
+"""`python -m benchmarks.report [SUITE ...]`: the figures of README and docs, one table per operator.
 
-Per case: median time of ours, ratio to every peer (their median / ours, interleaved rounds of one process),
-share of the machine's measured matrix peak, peak memory of one call in a fresh process. A case whose
-outputs disagree with its reference is shown as such, without times. Everything goes to
-`benchmarks/results/NAME.json` with the machine and versions, and a chart beside it.
+Per case: median time of ours, ratio to the best peer and to each (their median / ours, interleaved rounds of
+one process), share of the roofline, peak memory of one call. The roofline is measured in the same process,
+before each suite: the larger of the case's arithmetic at the matrix peak and its least memory traffic at the
+copy bandwidth. A peer that is missing, fails or gives another answer than the reference is named with the
+reason, without times; a case where that is ours is not reported.
+
+Everything goes to `benchmarks/results/NAME.json` with machine, versions and date, and into charts beside it,
+after every suite: Ctrl-C keeps what is done. Progress is on stderr.
 """
 
 from __future__ import annotations
@@ -11,77 +15,103 @@ from __future__ import annotations
 import argparse
 import datetime
 import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from benchmarks import SUITES
-from benchmarks.measure import Case, copy_bandwidth, disagreement, machine, matrix_peak, peak_bytes, seconds
-from rsmodels.files import atomic_path, read_json, write_json
+from benchmarks.charts import overview_chart, suite_chart
+from benchmarks.measure import Case, copy_bandwidth, first_calls, machine, matrix_peak, peak_bytes, seconds
+from rsmodels.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def run_case(case: Case, peaks: dict[str, float], memory: bool) -> dict[str, object]:
-    """Everything that is published about one case."""
-    calls = case.build()
-    errors = disagreement(case, calls)
-    row: dict[str, object] = {"case": case.name, "errors": errors}
-    wrong = {name: error for name, error in errors.items() if not error <= case.allowed_error()}
-    if wrong:
-        return row | {"disagrees": wrong}
-    times = seconds(calls)
+def run_case(
+    case: Case, peaks: Mapping[str, float], bandwidth: float, memory: bool = True
+) -> dict[str, object]:
+    """Everything that is published about one case, at `peaks` (FLOP/s by dtype) and `bandwidth` (bytes/s)."""
+    torch.compiler.reset()  # else the shapes of earlier cases make a compiled peer a dynamic one
+    row: dict[str, object] = {"case": case.name}
+    try:
+        calls = case.build()
+    except Exception as error:
+        return row | {"not_reported": f"does not build: {type(error).__name__}: {error}"}
+    errors, missing = first_calls(case, calls)
+    row |= {"errors": errors} | ({"not_available": missing} if missing else {})
+    for name in (case.reference, case.ours):
+        if name in missing:
+            return row | {"not_reported": f"{name}: {missing[name]}"}
+    calls = {name: calls[name] for name in calls if name not in missing}
+    times = seconds(calls, warm=True)
     ours = times[case.ours]
-    row |= {
-        "milliseconds": {name: 1e3 * value for name, value in times.items()},
-        "ratio": {name: value / ours for name, value in times.items() if name != case.ours},
-    }
-    if case.flops:
-        row["share_of_peak"] = case.flops / ours / peaks[str(case.dtype)[6:]]
-    del calls
+    ratios = {name: value / ours for name, value in times.items() if name != case.ours}
+    row |= {"milliseconds": {name: 1e3 * value for name, value in times.items()}, "ratio": ratios}
+    row |= {"ours": case.ours, "best_peer": min(ratios, key=ratios.__getitem__)} if ratios else {}
+    if case.flops or case.bytes:
+        peak = peaks[str(case.dtype)[6:]]
+        row["share_of_roofline"] = case.floor(peak, bandwidth) / ours
+        row["bound_by"] = "memory" if case.bytes / bandwidth > case.flops / peak else "arithmetic"
     if memory:
-        peaks_of = {name: peak_bytes(case, name) for name in times}
-        row["peak_mib"] = {name: value / 2**20 for name, value in peaks_of.items() if value is not None}
+        taken = {name: peak_bytes(call) for name, call in calls.items()}
+        row["peak_mib"] = {name: value / 2**20 for name, value in taken.items() if value is not None}
     return row
 
 
+def run_suite(suite: str, match: str, memory: bool) -> dict[str, object]:
+    """The figures of the cases of a suite whose names contain `match`."""
+    peaks = {"float32": matrix_peak(torch.float32), "bfloat16": matrix_peak(torch.bfloat16)}
+    bandwidth = copy_bandwidth()
+    chosen = [case for case in SUITES[suite].cases() if match in case.name]
+    rows = []
+    for number, case in enumerate(chosen, 1):
+        print(f"{suite} {number}/{len(chosen)}: {case.name} ... ", end="", file=sys.stderr, flush=True)
+        started = time.perf_counter()
+        row = run_case(case, peaks, bandwidth, memory)
+        rows.append(row)
+        found = row.get("not_reported") or _against_best(row)
+        print(f"{found} ({time.perf_counter() - started:.0f} s)", file=sys.stderr, flush=True)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "matrix_peak_gflops": {name: value / 1e9 for name, value in peaks.items()},
+        "copy_gbytes_per_second": bandwidth / 1e9,
+        "cases": rows,
+    }
+
+
+def _against_best(row: Mapping) -> str:
+    best = row.get("best_peer")
+    return f"{row['ratio'][best]:.2f}x {best}" if best else "no peer"
+
+
 def table(rows: list[dict]) -> str:
-    """The rows as a Markdown table."""
-    lines = ["| case | ours | ratio to peers | share of matrix peak | peak memory, ours / peers |",
-             "| --- | --- | --- | --- | --- |"]  # fmt: skip
+    """The rows as a Markdown table, and under it why candidates are missing from it."""
+    lines = ["| case | ours | best peer | each peer | share of roofline | peak MiB, ours / peers |",
+             "| --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    absent: dict[str, int] = {}
     for row in rows:
-        if "disagrees" in row:
-            lines.append(f"| {row['case']} | outputs disagree: {row['disagrees']} | | | |")
+        for name, reason in row.get("not_available", {}).items():
+            line = f"{name} not available: {reason}"
+            absent[line] = absent.get(line, 0) + 1
+        if "not_reported" in row:
+            lines.append(f"| {row['case']} | not reported: {row['not_reported'].replace('|', '/')} | | | | |")
             continue
-        ratios = ", ".join(f"{value:.2f}x {name}" for name, value in row["ratio"].items())
-        share = f"{row['share_of_peak']:.0%}" if "share_of_peak" in row else ""
-        peaks = " / ".join(f"{value:.0f} MiB" for value in row.get("peak_mib", {}).values())
-        ours = row["milliseconds"]["rskernels"]
-        lines.append(f"| {row['case']} | {ours:.1f} ms | {ratios} | {share} | {peaks} |")
-    return "\n".join(lines)
+        ours = row.get("ours", "rskernels")
+        each = ", ".join(f"{value:.2f}x {name}" for name, value in row["ratio"].items())
+        share = f"{row['share_of_roofline']:.0%} {row['bound_by']}" if "bound_by" in row else ""
+        memory = dict(row.get("peak_mib", {}))
+        peak = f"{memory.pop(ours):.0f} / " if ours in memory else ""
+        peak += ", ".join(f"{value:.0f}" for value in memory.values())
+        cells = (row["case"], _milliseconds(row["milliseconds"][ours]), _against_best(row), each, share, peak)
+        lines.append(f"| {' | '.join(cells)} |")
+    notes = [f"- {line}" + (f" ({count} cases)" if count > 1 else "") for line, count in absent.items()]
+    return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
-def chart(results: dict, path: Path) -> None:
-    """Bars of every ratio; the line at 1 is where ours and the peer are equal."""
-    labels, values = [], []
-    for suite, rows in results["suites"].items():
-        for row in rows:
-            for peer, ratio in row.get("ratio", {}).items():
-                labels.append(f"{suite}: {row['case']}  vs {peer}")
-                values.append(ratio)
-    figure = Figure(figsize=(11, 1 + 0.24 * len(values)))
-    axes = figure.subplots()
-    axes.barh(labels, values, color=["#2a7f62" if value >= 1 else "#b5402a" for value in values])
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.margins(y=0.01)
-    axes.invert_yaxis()
-    axes.set_xlabel("times faster than the peer (median of interleaved rounds)")
-    axes.tick_params(axis="y", labelsize=7)
-    on = results["machine"]
-    axes.set_title(f"{on['processor']}, {on['threads']} threads, torch {on['torch']}", fontsize=9)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=70, bbox_inches="tight")
+def _milliseconds(value: float) -> str:
+    return f"{value:.1f} ms" if value >= 10 else f"{value:.3g} ms"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -89,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("suite", nargs="*", help=f"which suites to run: {', '.join(SUITES)} (default: all)")
-    parser.add_argument("--name", default="cpu", help="the result files are results/NAME.json and NAME.png")
+    parser.add_argument("--name", default="cpu", help="results/NAME.json, NAME.png and NAME-SUITE.png")
     parser.add_argument(
         "--match", default="", help="only cases whose name contains this text (prints, writes nothing)"
     )
@@ -99,31 +129,31 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
 
+    started = time.perf_counter()
     path = RESULTS / f"{options.name}.json"
-    peaks = {"float32": matrix_peak(torch.float32), "bfloat16": matrix_peak(torch.bfloat16)}
-    results: dict = {
-        "machine": machine(),
-        "date": datetime.date.today().isoformat(),
-        "matrix_peak_gflops": {name: value / 1e9 for name, value in peaks.items()},
-        "copy_gbytes_per_second": copy_bandwidth() / 1e9,
-        # Suites that are not run again keep their figures, if the machine and versions are the same.
-        "suites": {},
-    }
-    if path.exists() and (kept := read_json(path))["machine"] == results["machine"]:
-        results["suites"] = kept["suites"]
-    for suite in options.suite or SUITES:
-        rows = []
-        for case in SUITES[suite].cases():
-            if options.match in case.name:
-                print(f"{suite}: {case.name}", file=sys.stderr, flush=True)
-                rows.append(run_case(case, peaks, options.memory))
-        print(f"\n## {suite}\n\n{table(rows)}\n", flush=True)
-        results["suites"][suite] = rows
-        if not options.match:  # after every suite: what took minutes survives a later crash
-            write_json(path, results)
-            chart(results, path.with_suffix(".png"))
+    results: dict = {"machine": machine(), "suites": {}}
+    # Suites that are not run again keep their figures, if machine and versions are the same.
+    if path.exists() and not options.match:
+        kept = read_json(path)
+        if kept["machine"] == results["machine"]:
+            results["suites"] = {name: kept["suites"][name] for name in SUITES if name in kept["suites"]}
+        else:
+            print(f"{path}: of another machine or other versions, replaced", file=sys.stderr)
+    try:
+        for suite in options.suite or SUITES:
+            figures = run_suite(suite, options.match, options.memory)
+            print(f"\n## {suite}\n\n{table(figures['cases'])}\n", flush=True)
+            if not options.match:  # after every suite: what took minutes survives a later crash
+                results["suites"][suite] = figures
+                write_json(path, results)
+                suite_chart(results, suite, path.with_name(f"{options.name}-{suite}.png"))
+                overview_chart(results, path.with_suffix(".png"))
+    except KeyboardInterrupt:
+        print("\ninterrupted: the suites that were finished are kept", file=sys.stderr)
+        return 130
     if not options.match:
-        print(f"written: {path} and {path.with_suffix('.png')}")
+        print(f"written: {path} and charts beside it", file=sys.stderr)
+    print(f"{time.perf_counter() - started:.0f} s in all", file=sys.stderr)
     return 0
 
 

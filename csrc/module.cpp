@@ -12,6 +12,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/linear.h"
+#include "cpu/tile.h"
 
 namespace {
 
@@ -62,6 +63,11 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "cpu_capability", []() { return std::string(rskernels::isa_name(rskernels::isa_level())); },
       "Instruction set in use: baseline, avx2, avx512 or avx512_bf16.");
+  module.def(
+      "cpu_supported", []() { return std::string(rskernels::isa_name(rskernels::isa_supported())); },
+      "The best of these instruction sets that this processor has.");
+  module.def("has_bf16_tiles", &rskernels::has_bf16_tiles,
+      "Are products of bfloat16 tiles to be had at the instruction set in use?");
   module.def(
       "set_cpu_capability", [](const std::string& level) { rskernels::set_isa_level(level); },
       "Use at most this instruction set; raises where the processor lacks it.");

@@ -1,6 +1,5 @@
 """`rskernels.explain()`: what is built here, what serves each operator, and why something is missing."""
 
-import importlib.util
 import sys
 
 import torch
@@ -11,58 +10,89 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def explain() -> str:
-    """Print, and return, the state of rskernels on this machine."""
-    lines = _versions() + _extension() + _table() + _missing() + tuning.describe()
-    text = "\n".join(lines)
+    """Print, and return, the state of rskernels on this machine, for the backend and threads in use now."""
+    text = "\n".join([*_versions(), *_extension(), *_table(), *_missing()])
     print(text)
     return text
 
 
 def _versions() -> list[str]:
-    gpu = "none"
-    if torch.cuda.is_available():
-        gpu = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    triton = "installed" if importlib.util.find_spec("triton") else "not installed"
+    backend = dispatch.get_backend()
+    meaning = "takes the best that is there" if backend == "auto" else "chosen by name"
+    if backend not in dispatch.BACKENDS:
+        meaning = f"unknown, expected one of {', '.join(dispatch.BACKENDS)}"
     return [
         f"rskernels {__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}",
-        f"GPU: {gpu}; triton {triton}",
-        f"CPU threads: {torch.get_num_threads()}; torch uses {torch.backends.cpu.get_cpu_capability()}",
-        f"backend: {dispatch.get_backend()} (set_backend, backend(...), RSKERNELS_BACKEND)",
+        f"backend: {backend}, {meaning} (set_backend, backend(...), RSKERNELS_BACKEND)",
+        f"CPU threads: {torch.get_num_threads()} (torch.set_num_threads, OMP_NUM_THREADS)",
     ]
 
 
 def _extension() -> list[str]:
     if "cpp" in dispatch.UNAVAILABLE:
-        return [f"extension: {dispatch.UNAVAILABLE['cpp']}"]
+        return [
+            f"extension: none, {dispatch.UNAVAILABLE['cpp']}",
+            f"instruction set: PyTorch's own choice, {torch.backends.cpu.get_cpu_capability()}",
+        ]
     from rskernels import _C
 
     info = _C.build_info()
+    used, best = _C.cpu_capability(), _C.cpu_supported()
+    lowered = "" if used == best else f", lowered from {best}"
     return [
-        f"extension: built against torch {info['torch']} with compiler {info['compiler']}, "
-        f"instruction set {_C.cpu_capability()} (RSKERNELS_ISA), {_C.parallel_threads()} thread(s) in a loop",
+        f"extension: built against torch {info['torch']} with compiler {info['compiler']}; "
+        f"its loops get {_C.parallel_threads()} thread(s)",
+        f"instruction set: {used}{lowered} (RSKERNELS_ISA); PyTorch uses "
+        f"{torch.backends.cpu.get_cpu_capability()}",
+        f"bfloat16 tiles: {_bf16_tiles(_C.has_bf16_tiles(), used)}",
+        *tuning.describe(),
     ]
 
 
+def _bf16_tiles(there: bool, used: str) -> str:
+    """Do bfloat16 kernels multiply in bfloat16, and why not."""
+    if there:
+        return "yes, products of bfloat16 with float32 sums"
+    if used != "avx512_bf16":
+        why = f"they need avx512_bf16, {used} is in use"
+    elif not torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available():
+        why = "oneDNN is switched off or missing"
+    else:
+        why = "PyTorch's oneDNN makes none here (ONEDNN_MAX_CPU_ISA, or a build with sanitizers)"
+    return f"no, {why}; bfloat16 is converted to float32 tiles"
+
+
 def _table() -> list[str]:
-    """One line per operator and device: what "auto" takes for each dtype."""
+    """One line per operator and device: what serves each dtype under the backend in use."""
     lines = ["operator              device  " + "  ".join(f"{_name(d):<9}" for d in _DTYPES).rstrip()]
     for op in dispatch.TABLE:
-        for device in ("cpu", "cuda"):
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             cells = "  ".join(f"{_served_by(op, device, dtype):<9}" for dtype in _DTYPES)
             lines.append(f"{op:<22}{device:<8}{cells}".rstrip())
+    if dispatch.get_backend() not in ("auto", "reference"):
+        lines.append(f"error: the call raises, as backend {dispatch.get_backend()!r} was asked for by name")
     return lines
 
 
 def _served_by(op: str, device: str, dtype: torch.dtype) -> str:
+    backend = dispatch.get_backend()
+    if backend == "reference":
+        return "reference"
     names = dispatch.TABLE[op].get(device, {}).get(dtype, ())
-    return next((name for name in names if name not in dispatch.UNAVAILABLE), "reference")
+    usable = [name for name in names if name not in dispatch.UNAVAILABLE]
+    if backend == "auto":
+        return usable[0] if usable else "reference"
+    return backend if backend in usable else "error"
 
 
 def _missing() -> list[str]:
     lines = [f"{name}: {reason}" for name, reason in dispatch.UNAVAILABLE.items()]
-    if not torch.cuda.is_available():
-        lines.append("cuda device: torch sees none; the rows above are what such a machine would use")
-    return ["not available here:", *(f"  {line}" for line in lines)]
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        gpus = [f"GPU: {', '.join(names)}"]
+    else:
+        gpus, lines = [], [*lines, "cuda device: PyTorch sees none"]
+    return [*gpus, "not available here:", *(f"  {line}" for line in lines)]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -11,7 +11,7 @@ import torch
 import rskernels
 from rskernels import dispatch, tuning
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(rskernels.__file__).resolve().parents[1]  # of the package under test: `make sanitize` has its own
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,15 @@
 """The dispatch table: what serves what, explicit choices, compilation, life without the extension."""
 
 import itertools
+import json
+import os
 import threading
 
 import pytest
 import torch
 
 import rskernels
-from rskernels import dispatch
+from rskernels import dispatch, tuning
 
 PUBLIC = set(rskernels.__all__) - {"__version__", "backend", "explain", "get_backend", "set_backend"}
 
@@ -136,11 +138,86 @@ def test_backward_uses_what_forward_used(extension):
 def test_explain_names_everything(capsys):
     text = rskernels.explain()
     assert capsys.readouterr().out == text + "\n"
-    for part in (rskernels.__version__, torch.__version__, "threads", "backend: auto", *dispatch.TABLE):
+    threads = f"CPU threads: {torch.get_num_threads()}"
+    for part in (rskernels.__version__, torch.__version__, threads, "backend: auto", *dispatch.TABLE):
         assert part in text
     for name, reason in dispatch.UNAVAILABLE.items():
-        assert f"{name}: {reason}" in text
+        assert f"  {name}: {reason}" in text
     assert all(line == line.rstrip() for line in text.splitlines())
+    assert len(text.splitlines()) <= 25 or torch.cuda.is_available()
+
+
+def explained(text, op):
+    """What explain() says serves `op` on the CPU, by dtype."""
+    (row,) = [line.split() for line in text.splitlines() if line.split()[:2] == [op, "cpu"]]
+    return dict(zip(("float32", "bfloat16", "float16", "float64"), row[2:], strict=True))
+
+
+@pytest.mark.parametrize("name", dispatch.BACKENDS)
+def test_explain_says_what_a_backend_really_serves(name, capsys):
+    with rskernels.backend(name):
+        text = rskernels.explain()
+        assert f"backend: {name}, " in text
+        for op in sorted(PUBLIC):
+            for dtype, served in explained(text, op).items():
+                x = torch.zeros(2, dtype=getattr(torch, dtype))
+                if served == "error":
+                    with pytest.raises(ValueError, match=f"cannot serve {op}"):
+                        dispatch.choose(op, x)
+                else:
+                    assert dispatch.choose(op, x) == served
+        assert ("error: the call raises" in text) == (name not in ("auto", "reference"))
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_explain_instruction_set_and_tiles(extension, capsys):
+    text = rskernels.explain()
+    assert f"instruction set: {extension.cpu_capability()}" in text
+    assert ("bfloat16 tiles: yes" in text) == extension.has_bf16_tiles()
+    best = extension.cpu_supported()
+    for level in ("baseline", "avx2"):
+        if level == "avx2" and best == "baseline":
+            continue
+        before = extension.cpu_capability()
+        try:
+            extension.set_cpu_capability(level)
+            text = rskernels.explain()
+        finally:
+            extension.set_cpu_capability(before)
+        lowered = "" if level == best else f", lowered from {best}"
+        assert f"instruction set: {level}{lowered} (RSKERNELS_ISA)" in text
+        assert f"bfloat16 tiles: no, they need avx512_bf16, {level} is in use; " in text
+    if extension.has_bf16_tiles():
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert "bfloat16 tiles: no, oneDNN is switched off" in rskernels.explain()
+
+
+def test_explain_in_other_surroundings(extension, run_python, tmp_path):
+    """In fresh processes: what the environment asks for is what the text says."""
+
+    def text(**environment):
+        result = run_python("import rskernels; rskernels.explain()", **environment)
+        assert result.returncode == 0, result.stderr
+        assert len(result.stdout.splitlines()) <= 25 or torch.cuda.is_available()
+        return result.stdout
+
+    if extension.cpu_supported() != "baseline":
+        lowered = text(RSKERNELS_ISA="avx2", OMP_NUM_THREADS="1")
+        assert "instruction set: avx2" in lowered and "CPU threads: 1 " in lowered
+        assert "bfloat16 tiles: no" in lowered
+    if extension.has_bf16_tiles():
+        assert "ONEDNN_MAX_CPU_ISA" in text(ONEDNN_MAX_CPU_ISA="AVX2")
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps(tuning.record()))
+    assert f"linear's products: {table};" in text(RSKERNELS_TUNING=str(table))
+    assert "linear's products: default rule;" in text(RSKERNELS_TUNING="off")
+    unknown = text(RSKERNELS_BACKEND="fast")
+    assert "backend: fast, unknown, expected one of auto" in unknown
+    assert set(explained(unknown, "linear").values()) == {"error"}
+    without = text(RSKERNELS_DISABLE_EXT="1")
+    assert "extension: none, " in without and "bfloat16 tiles" not in without
+    assert "  cpp: the extension rskernels._C switched off by RSKERNELS_DISABLE_EXT" in without
+    assert set(explained(without, "linear").values()) == {"reference"}
 
 
 def test_extension_runs_on_torchs_threads(extension):
@@ -153,13 +230,21 @@ def test_instruction_set_override(extension, run_python):
     before = extension.cpu_capability()
     try:
         extension.set_cpu_capability("baseline")
-        assert extension.cpu_capability() == "baseline" and "instruction set baseline" in rskernels.explain()
+        assert extension.cpu_capability() == "baseline" and "instruction set: baseline" in rskernels.explain()
     finally:
         extension.set_cpu_capability(before)
     code = "from rskernels import _C; print(_C.cpu_capability())"
     assert run_python(code, RSKERNELS_ISA="baseline").stdout.strip() == "baseline"
     with pytest.raises(ValueError, match="sse9"):
         extension.set_cpu_capability("sse9")
+
+
+def test_make_sanitize_tests_the_sanitized_extension(extension, run_python):
+    """Here and in fresh processes; elsewhere the extension is the ordinary one."""
+    sanitized = "libasan" in os.environ.get("LD_PRELOAD", "")
+    assert ("sanitizer" in extension.build_info()) == sanitized
+    code = "from rskernels import _C; print('sanitizer' in _C.build_info())"
+    assert run_python(code).stdout.strip() == str(sanitized)
 
 
 def test_without_the_extension_the_reference_serves(run_python):
