@@ -116,8 +116,12 @@ DistillationCall describe(const Tensor& student, const Tensor& teacher, const Te
   call.student = shape.map(student);
   call.teacher = shape.map(teacher);
   call.grad = grad.defined() ? shape.map(grad) : call.student;
-  const bool any_across = call.student.across || call.teacher.across || call.grad.across;
-  call.along = !any_across && call.steps >= kAlongSteps;
+  const int across = call.student.across + call.teacher.across + call.grad.across;
+  call.in_place = across == 3;
+  // Distributions that do not fill vectors are faster transposed, unless long.
+  call.along = across == 0 && (call.steps % kVectorLanes == 0 || call.steps >= 6 * kVectorLanes);
+  call.tile_lanes = kTileLanes;
+  if (call.in_place && call.outer1 * call.outer2 * call.lanes >= 32 * kWideTile) call.tile_lanes = kWideTile;
   call.divergence = divergence;
   call.temperature = static_cast<float>(temperature);
   call.exponent = static_cast<float>(1.4426950408889634 / temperature);
@@ -134,7 +138,7 @@ struct Tasks {
 
   explicit Tasks(const DistillationCall& call)
       : tiles(call.tiles()),
-        tiles_each(std::max<int64_t>(1, kTaskValues / (call.steps * std::min(call.lanes, kTileLanes)))),
+        tiles_each(std::max<int64_t>(1, kTaskValues / (call.steps * std::min(call.lanes, call.tile_lanes)))),
         count((tiles + tiles_each - 1) / tiles_each) {}
   int64_t begin(int64_t task) const { return task * tiles_each; }
   int64_t end(int64_t task) const { return std::min(tiles, begin(task) + tiles_each); }

@@ -1,7 +1,7 @@
 // distillation_loss on the CPU: how the vector passes see a call.
 //
 // Every layout and axis becomes one form: outer1 x outer2 x lanes distributions of `steps` values each. A *lane*
-// is a distribution; 64 of them are a tile. Where neighbouring lanes are neighbours in memory (the channels of an
+// is a distribution; some of them are a tile. Where neighbouring lanes are neighbours in memory (the channels of an
 // NCHW map) vectors run across lanes, in place. Where the steps are neighbours (the channels of a channels-last
 // map) long distributions are read along the steps, in place, too; short ones, and maps whose layouts differ,
 // pass through a buffer in the first-level cache, block by block.
@@ -11,9 +11,11 @@
 
 namespace rskernels {
 
-constexpr int64_t kTileLanes = 64;  // distributions of a tile
-constexpr int64_t kBlock = 32;      // steps that are summed up between two looks at the sums
-constexpr int64_t kAlongSteps = 96; // from here on reading along the steps is faster than a transposition
+constexpr int64_t kVectorLanes = 16;
+constexpr int64_t kTileLanes = 64; // distributions of a tile,
+constexpr int64_t kWideTile = 256; // and of one that is read in place: long runs suit memory
+constexpr int64_t kBlock = 32;     // steps that are summed up between two looks at the sums
+constexpr int64_t kStepsAtOnce = 2;
 
 // One map; strides in elements.
 struct Map {
@@ -34,14 +36,18 @@ struct DistillationCall {
   Map student, teacher, grad;
   int64_t outer1, outer2, steps, lanes;
   Divergence divergence;
-  bool along;     // all maps are read along the steps
+  bool along, in_place; // all maps are read along the steps, or across the lanes; else through buffers
+  int64_t tile_lanes;
   float exponent; // log2(e) / T
   float temperature;
   float* stats;                                          // (3 or 4, distributions)
   int64_t stat_row, stat_outer1, stat_outer2, stat_lane; // strides
   float kl_factor, mse_factor;                           // of the gradient's two terms
 
-  int64_t tiles_across() const { return (lanes + kTileLanes - 1) / kTileLanes; }
+  int64_t tiles_across() const {
+    const int64_t whole = in_place ? lanes / kVectorLanes * kVectorLanes : lanes;
+    return (whole + tile_lanes - 1) / tile_lanes + (whole < lanes ? 1 : 0);
+  }
   int64_t tiles() const { return outer1 * outer2 * tiles_across(); }
 };
 

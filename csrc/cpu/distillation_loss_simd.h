@@ -1,6 +1,6 @@
 // The vector passes of distillation_loss, for one instruction set (see foreach_isa.h).
 
-constexpr int kTileVectors = kTileLanes / kLanes;
+constexpr int kTileVectors = kWideTile / kLanes;
 constexpr float kPadding = -1e30f;   // a value beside which no other counts
 constexpr float kTooLarge = 1 << 24; // a sum of exponentials that calls for a new reference
 
@@ -47,14 +47,19 @@ RSK_INLINE VecF largest_lane(VecF x) {
   return splat(largest);
 }
 
-// Lane i: the sum of row i.
+// Lane i of rows[0]: the sum of row i. A transposition that adds up as it goes.
+template <int kStep = 1>
 RSK_INLINE VecF sum_of_each(VecF (&rows)[kLanes]) {
-  transpose_square(rows);
-#pragma GCC unroll 4
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) rows[i] += rows[i + half];
+  if constexpr (kStep < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i += 2 * kStep) {
+      swap_quarters<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>());
+      rows[i] += rows[i + kStep];
+    }
+    return sum_of_each<2 * kStep>(rows);
+  } else {
+    return rows[0];
   }
-  return rows[0];
 }
 
 inline void copy_part(const c10::BFloat16* from, float* to, int64_t n) {
@@ -91,13 +96,18 @@ struct Tile {
     const int64_t across = call.tiles_across(), outer = index / across;
     outer1 = outer / call.outer2;
     outer2 = outer % call.outer2;
-    first_lane = index % across * kTileLanes;
-    lanes = call.lanes - first_lane < kTileLanes ? call.lanes - first_lane : kTileLanes;
+    first_lane = index % across * call.tile_lanes;
+    // Lanes that do not fill a vector are a tile of their own, after the last whole tile and what is left of it.
+    const int64_t whole = call.lanes / kVectorLanes * kVectorLanes;
+    if (call.in_place && index % across == across - 1 && whole < call.lanes) first_lane = whole;
+    const int64_t end = call.in_place && first_lane < whole ? whole : call.lanes;
+    lanes = end - first_lane < call.tile_lanes ? end - first_lane : call.tile_lanes;
   }
   int64_t offset(const Map& map) const {
     return outer1 * map.outer1 + outer2 * map.outer2 + first_lane * map.lane;
   }
   int64_t vectors() const { return (lanes + kLanes - 1) / kLanes; }
+  bool in_place(const DistillationCall& call) const { return call.in_place && lanes % kLanes == 0; }
 };
 
 // Steps begin ... begin + steps of a tile as rows of kTileLanes values; lanes that are missing become zeros.
@@ -159,14 +169,18 @@ struct Sums {
   VecF z_s, z_t, weighted, squares;
 };
 
-template <bool kTeacherFirst, typename S, typename T>
-RSK_INLINE void add_steps(const S* s, int64_t s_stride, const T* t, int64_t t_stride, int64_t steps,
-    float exponent, const Sums& now, Sums& block) {
-  VecF z_s{}, z_t{}, weighted{}, squares{};
-  for (int64_t i = 0; i < steps; ++i) {
+struct BlockSums {
+  VecF z_s, z_t, weighted, squares;
+};
+
+// Adds steps, at most kBlock in a row.
+template <bool kTeacherFirst, int kSteps, typename S, typename T>
+RSK_INLINE void add_steps(const S* s, int64_t s_stride, const T* t, int64_t t_stride, float exponent,
+    const Sums& now, BlockSums& block) {
+  VecF z_s = block.z_s, z_t = block.z_t, weighted = block.weighted, squares = block.squares;
+#pragma GCC unroll 4
+  for (int i = 0; i < kSteps; ++i) {
     const VecF x = load(s + i * s_stride), y = load(t + i * t_stride);
-    __builtin_prefetch(s + (i + kBlock) * s_stride);
-    __builtin_prefetch(t + (i + kBlock) * t_stride);
     const VecF e_s = exp2_any<5>((x - now.reference_s) * exponent);
     const VecF e_t = exp2_any<5>((y - now.reference_t) * exponent);
     const VecF difference = x - y;
@@ -181,13 +195,13 @@ RSK_INLINE void add_steps(const S* s, int64_t s_stride, const T* t, int64_t t_st
   block.squares = squares;
 }
 
-// The largest values so far become the references. Only needed at the beginning and where values grow by tens:
-// references need not be maxima, exponentials must not overflow.
+// The largest values so far become the references. References need not be maxima, the first values do, but
+// exponentials must not overflow.
 template <bool kTeacherFirst, bool kAlong, typename S, typename T>
-inline void set_references(const S* s, int64_t s_stride, const T* t, int64_t t_stride, int64_t steps,
-    bool first, float exponent, Sums& now) {
-  VecF s_max = load(s), t_max = load(t);
-  for (int64_t i = 1; i < steps; ++i) {
+__attribute__((noinline)) void raise_references(
+    const S* s, int64_t s_stride, const T* t, int64_t t_stride, int64_t steps, float exponent, Sums& now) {
+  VecF s_max = now.reference_s, t_max = now.reference_t;
+  for (int64_t i = 0; i < steps; ++i) {
     s_max = vmax(load(s + i * s_stride), s_max);
     t_max = vmax(load(t + i * t_stride), t_max);
   }
@@ -195,12 +209,6 @@ inline void set_references(const S* s, int64_t s_stride, const T* t, int64_t t_s
     s_max = largest_lane(s_max);
     t_max = largest_lane(t_max);
   }
-  if (first) {
-    now = Sums{s_max, t_max, s_max - t_max, VecF{}, VecF{}, VecF{}, VecF{}};
-    return;
-  }
-  s_max = vmax(s_max, now.reference_s);
-  t_max = vmax(t_max, now.reference_t);
   const VecF factor_s = exp2_any<5>((now.reference_s - s_max) * exponent);
   const VecF factor_t = exp2_any<5>((now.reference_t - t_max) * exponent);
   const VecF shift = s_max - t_max;
@@ -213,21 +221,67 @@ inline void set_references(const S* s, int64_t s_stride, const T* t, int64_t t_s
   now.shift = shift;
 }
 
-// At most kBlock steps.
+RSK_INLINE Sums start(VecF s, VecF t) {
+  return Sums{s, t, s - t, VecF{}, VecF{}, VecF{}, VecF{}};
+}
+
+// A block ends. Where its exponentials grew too large, it is added up once more.
 template <bool kTeacherFirst, bool kAlong, typename S, typename T>
-inline void add_block(const S* s, int64_t s_stride, const T* t, int64_t t_stride, int64_t steps, bool first,
-    float exponent, Sums& now) {
-  Sums block;
-  if (first) set_references<kTeacherFirst, kAlong>(s, s_stride, t, t_stride, steps, true, exponent, now);
-  add_steps<kTeacherFirst>(s, s_stride, t, t_stride, steps, exponent, now, block);
+RSK_INLINE void merge_block(const S* s, int64_t s_stride, const T* t, int64_t t_stride, int64_t steps,
+    float exponent, BlockSums& block, Sums& now) {
   if (any_reaches(block.z_s, block.z_t, kTooLarge)) {
-    set_references<kTeacherFirst, kAlong>(s, s_stride, t, t_stride, steps, false, exponent, now);
-    add_steps<kTeacherFirst>(s, s_stride, t, t_stride, steps, exponent, now, block);
+    raise_references<kTeacherFirst, kAlong>(s, s_stride, t, t_stride, steps, exponent, now);
+    block = BlockSums{};
+    for (int64_t i = 0; i < steps; ++i) {
+      add_steps<kTeacherFirst, 1>(s + i * s_stride, 0, t + i * t_stride, 0, exponent, now, block);
+    }
   }
   now.z_s += block.z_s;
   now.z_t += block.z_t;
   now.weighted += block.weighted;
   now.squares += block.squares;
+}
+
+// At most kBlock steps of some vectors. Two steps at a time, so that memory is read in long runs.
+template <bool kTeacherFirst, typename S, typename T>
+inline void add_block(const S* s, int64_t s_stride, const T* t, int64_t t_stride, int64_t steps,
+    int64_t vectors, bool prefetch, float exponent, Sums* now) {
+  BlockSums block[kTileVectors];
+  for (int64_t v = 0; v < vectors; ++v) block[v] = BlockSums{};
+  int64_t i = 0;
+  for (; i + kStepsAtOnce <= steps; i += kStepsAtOnce) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      const S* s_from = s + i * s_stride + v * kLanes;
+      const T* t_from = t + i * t_stride + v * kLanes;
+      if (prefetch) {
+        for (int64_t next = kStepsAtOnce; next < 2 * kStepsAtOnce; ++next) {
+          __builtin_prefetch(s_from + next * s_stride);
+          __builtin_prefetch(t_from + next * t_stride);
+        }
+      }
+      add_steps<kTeacherFirst, kStepsAtOnce>(s_from, s_stride, t_from, t_stride, exponent, now[v], block[v]);
+    }
+  }
+  for (; i < steps; ++i) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      add_steps<kTeacherFirst, 1>(
+          s + i * s_stride + v * kLanes, 0, t + i * t_stride + v * kLanes, 0, exponent, now[v], block[v]);
+    }
+  }
+  for (int64_t v = 0; v < vectors; ++v) {
+    merge_block<kTeacherFirst, false>(
+        s + v * kLanes, s_stride, t + v * kLanes, t_stride, steps, exponent, block[v], now[v]);
+  }
+}
+
+// At most kBlock vectors of one distribution.
+template <bool kTeacherFirst, typename S, typename T>
+RSK_INLINE void add_block_along(const S* s, const T* t, int64_t vectors, float exponent, Sums& now) {
+  BlockSums block{};
+  for (int64_t i = 0; i < vectors; ++i) {
+    add_steps<kTeacherFirst, 1>(s + i * kLanes, 0, t + i * kLanes, 0, exponent, now, block);
+  }
+  merge_block<kTeacherFirst, true>(s, kLanes, t, kLanes, vectors, exponent, block, now);
 }
 
 // A vector of distributions is done: stores its statistics and returns its divergences.
@@ -256,38 +310,39 @@ inline VecF finish(const DistillationCall& call, const Tile& tile, int64_t lane,
 // A vector of distributions read along their steps.
 template <bool kTeacherFirst, typename S, typename T>
 inline Sums sums_along(const DistillationCall& call, const S* s, const T* t, int64_t count) {
-  VecF z_s[kLanes], z_t[kLanes], weighted[kLanes], squares[kLanes];
+  VecF z_s[kLanes], z_t[kLanes], weighted[kLanes], squares{};
   float reference_s[kLanes], reference_t[kLanes];
+  const int64_t vectors = call.steps / kLanes, rest = call.steps % kLanes;
   for (int64_t lane = 0; lane < kLanes; ++lane) {
-    Sums now{VecF{}, VecF{}, VecF{}, splat(1.0f / kLanes), splat(1.0f / kLanes), VecF{}, VecF{}};
+    Sums now = start(VecF{}, VecF{});
+    now.z_s = now.z_t = splat(1.0f / kLanes); // of lanes that are missing
     if (lane < count) {
       const S* s_row = s + lane * call.student.lane;
       const T* t_row = t + lane * call.teacher.lane;
-      const int64_t vectors = call.steps / kLanes, rest = call.steps % kLanes;
+      now = start(splat(static_cast<float>(s_row[0])), splat(static_cast<float>(t_row[0])));
       for (int64_t i = 0; i < vectors; i += kBlock) {
-        const int64_t steps = vectors - i < kBlock ? vectors - i : kBlock;
-        add_block<kTeacherFirst, true>(
-            s_row + i * kLanes, kLanes, t_row + i * kLanes, kLanes, steps, i == 0, call.exponent, now);
+        const int64_t some = vectors - i < kBlock ? vectors - i : kBlock;
+        add_block_along<kTeacherFirst>(s_row + i * kLanes, t_row + i * kLanes, some, call.exponent, now);
       }
       if (rest > 0) {
         float s_rest[kLanes], t_rest[kLanes];
         store(s_rest, load_part(s_row + vectors * kLanes, rest, kPadding));
         store(t_rest, load_part(t_row + vectors * kLanes, rest, kPadding));
-        add_block<kTeacherFirst, true>(s_rest, 0, t_rest, 0, 1, vectors == 0, call.exponent, now);
+        add_block_along<kTeacherFirst>(s_rest, t_rest, 1, call.exponent, now);
       }
     }
     z_s[lane] = now.z_s;
     z_t[lane] = now.z_t;
     weighted[lane] = now.weighted;
-    squares[lane] = now.squares;
+    squares += now.squares;
     reference_s[lane] = now.reference_s[0];
     reference_t[lane] = now.reference_t[0];
   }
-  Sums total{load(reference_s), load(reference_t), load(reference_s) - load(reference_t)};
+  Sums total = start(load(reference_s), load(reference_t));
   total.z_s = sum_of_each(z_s);
   total.z_t = sum_of_each(z_t);
   total.weighted = sum_of_each(weighted);
-  total.squares = sum_of_each(squares);
+  total.squares = squares;
   return total;
 }
 
@@ -295,37 +350,36 @@ template <bool kTeacherFirst, typename S, typename T>
 inline void forward_tile_of(const DistillationCall& call, const Tile& tile, DistillationSums& total) {
   const S* s = reinterpret_cast<const S*>(call.student.data) + tile.offset(call.student);
   const T* t = reinterpret_cast<const T*>(call.teacher.data) + tile.offset(call.teacher);
+  const int64_t vectors = tile.vectors();
   Sums now[kTileVectors];
   if (call.along) {
-    for (int64_t v = 0; v < tile.vectors(); ++v) {
+    for (int64_t v = 0; v < vectors; ++v) {
       const int64_t lane = v * kLanes;
       now[v] = sums_along<kTeacherFirst>(
           call, s + lane * call.student.lane, t + lane * call.teacher.lane, tile.lanes - lane);
     }
+  } else if (tile.in_place(call)) {
+    for (int64_t v = 0; v < vectors; ++v) now[v] = start(load(s + v * kLanes), load(t + v * kLanes));
+    for (int64_t begin = 0; begin < call.steps; begin += kBlock) {
+      const int64_t steps = call.steps - begin < kBlock ? call.steps - begin : kBlock;
+      add_block<kTeacherFirst>(s + begin * call.student.step, call.student.step, t + begin * call.teacher.step,
+          call.teacher.step, steps, vectors, true, call.exponent, now);
+    }
   } else {
-    const bool in_place = call.student.across && call.teacher.across && tile.lanes % kLanes == 0;
     alignas(64) float s_moved[kBlock * kTileLanes], t_moved[kBlock * kTileLanes];
     for (int64_t begin = 0; begin < call.steps; begin += kBlock) {
       const int64_t steps = call.steps - begin < kBlock ? call.steps - begin : kBlock;
-      if (!in_place) {
-        move_in<S>(call.student, tile, begin, steps, s_moved);
-        move_in<T>(call.teacher, tile, begin, steps, t_moved);
+      move_in<S>(call.student, tile, begin, steps, s_moved);
+      move_in<T>(call.teacher, tile, begin, steps, t_moved);
+      for (int64_t v = 0; begin == 0 && v < vectors; ++v) {
+        now[v] = start(load(s_moved + v * kLanes), load(t_moved + v * kLanes));
       }
-      for (int64_t v = 0; v < tile.vectors(); ++v) {
-        const int64_t lane = v * kLanes;
-        if (in_place) {
-          add_block<kTeacherFirst, false>(s + begin * call.student.step + lane, call.student.step,
-              t + begin * call.teacher.step + lane, call.teacher.step, steps, begin == 0, call.exponent,
-              now[v]);
-        } else {
-          add_block<kTeacherFirst, false>(
-              s_moved + lane, kTileLanes, t_moved + lane, kTileLanes, steps, begin == 0, call.exponent, now[v]);
-        }
-      }
+      add_block<kTeacherFirst>(
+          s_moved, kTileLanes, t_moved, kTileLanes, steps, vectors, false, call.exponent, now);
     }
   }
   VecF kl{};
-  for (int64_t v = 0; v < tile.vectors(); ++v) {
+  for (int64_t v = 0; v < vectors; ++v) {
     kl += finish<kTeacherFirst>(call, tile, v * kLanes, now[v]);
     for (int lane = 0; lane < kLanes; ++lane) total.squares += now[v].squares[lane];
   }
@@ -371,34 +425,24 @@ RSK_INLINE VecF gradient(VecF x, VecF y, const Coefficients& c, float exponent, 
   return sum;
 }
 
-template <Divergence kDivergence, int kDegree, int kVectors, typename S, typename T, typename G>
+template <Divergence kDivergence, int kDegree, typename S, typename T, typename G>
 inline void gradient_steps(const DistillationCall& call, const S* s, int64_t s_stride, const T* t,
-    int64_t t_stride, G* g, int64_t g_stride, int64_t steps, const Coefficients* c) {
+    int64_t t_stride, G* g, int64_t g_stride, int64_t steps, int64_t vectors, bool prefetch,
+    const Coefficients* c) {
   const float exponent = call.exponent, factor = call.mse_factor;
   for (int64_t i = 0; i < steps; ++i) {
     const S* s_row = s + i * s_stride;
     const T* t_row = t + i * t_stride;
     G* g_row = g + i * g_stride;
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const VecF x = load(s_row + v * kLanes), y = load(t_row + v * kLanes);
-      store(g_row + v * kLanes, gradient<kDivergence, kDegree>(x, y, c[v], exponent, factor));
+    for (int64_t lane = 0, v = 0; v < vectors; ++v, lane += kLanes) {
+      if (prefetch) {
+        __builtin_prefetch(s_row + 2 * s_stride + lane);
+        __builtin_prefetch(t_row + 2 * t_stride + lane);
+        __builtin_prefetch(g_row + 2 * g_stride + lane, 1);
+      }
+      const VecF x = load(s_row + lane), y = load(t_row + lane);
+      store(g_row + lane, gradient<kDivergence, kDegree>(x, y, c[v], exponent, factor));
     }
-  }
-}
-
-// All vectors of a tile, four at a time.
-template <Divergence kDivergence, int kDegree, typename S, typename T, typename G>
-inline void gradient_block(const DistillationCall& call, int64_t vectors, const S* s, int64_t s_stride,
-    const T* t, int64_t t_stride, G* g, int64_t g_stride, int64_t steps, const Coefficients* c) {
-  int64_t v = 0;
-  for (; v + 4 <= vectors; v += 4) {
-    gradient_steps<kDivergence, kDegree, 4>(
-        call, s + v * kLanes, s_stride, t + v * kLanes, t_stride, g + v * kLanes, g_stride, steps, c + v);
-  }
-  for (; v < vectors; ++v) {
-    gradient_steps<kDivergence, kDegree, 1>(
-        call, s + v * kLanes, s_stride, t + v * kLanes, t_stride, g + v * kLanes, g_stride, steps, c + v);
   }
 }
 
@@ -406,7 +450,7 @@ inline void gradient_block(const DistillationCall& call, int64_t vectors, const 
 template <Divergence kDivergence, int kDegree, typename S, typename T>
 inline void gradient_along(const DistillationCall& call, const S* s, const T* t, S* g, const Coefficients& c) {
   const int64_t vectors = call.steps / kLanes, rest = call.steps % kLanes;
-  gradient_steps<kDivergence, kDegree, 1>(call, s, kLanes, t, kLanes, g, kLanes, vectors, &c);
+  gradient_steps<kDivergence, kDegree>(call, s, kLanes, t, kLanes, g, kLanes, vectors, 1, false, &c);
   if (rest > 0) {
     const int64_t i = vectors * kLanes;
     const VecF x = load_part(s + i, rest, 0), y = load_part(t + i, rest, 0);
@@ -433,9 +477,9 @@ inline void backward_tile_of(const DistillationCall& call, const Tile& tile) {
     }
     return;
   }
-  if (call.student.across && call.teacher.across && call.grad.across && tile.lanes % kLanes == 0) {
-    gradient_block<kDivergence, kDegree>(
-        call, tile.vectors(), s, call.student.step, t, call.teacher.step, g, call.grad.step, call.steps, c);
+  if (tile.in_place(call)) {
+    gradient_steps<kDivergence, kDegree>(call, s, call.student.step, t, call.teacher.step, g, call.grad.step,
+        call.steps, tile.vectors(), true, c);
     return;
   }
   alignas(64) float s_moved[kBlock * kTileLanes], t_moved[kBlock * kTileLanes], g_moved[kBlock * kTileLanes];
@@ -443,8 +487,8 @@ inline void backward_tile_of(const DistillationCall& call, const Tile& tile) {
     const int64_t steps = call.steps - begin < kBlock ? call.steps - begin : kBlock;
     move_in<S>(call.student, tile, begin, steps, s_moved);
     move_in<T>(call.teacher, tile, begin, steps, t_moved);
-    gradient_block<kDivergence, kDegree>(
-        call, tile.vectors(), s_moved, kTileLanes, t_moved, kTileLanes, g_moved, kTileLanes, steps, c);
+    gradient_steps<kDivergence, kDegree>(
+        call, s_moved, kTileLanes, t_moved, kTileLanes, g_moved, kTileLanes, steps, tile.vectors(), false, c);
     move_out<S>(call.grad, tile, begin, steps, g_moved);
   }
 }

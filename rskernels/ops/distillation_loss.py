@@ -55,9 +55,7 @@ def distillation_loss(
     free = teacher.dtype in (torch.float32, torch.bfloat16)
     if choose("distillation_loss", student, None if free else teacher) == "reference":
         return distillation_loss_reference(student, teacher, axis, direction, temperature, reduction)
-    kl, mse, _ = _loss_forward(
-        student, teacher.detach(), axis, direction, float(temperature), reduction
-    )
+    kl, mse, _ = _loss_forward(student, teacher.detach(), axis, direction, float(temperature), reduction)
     return kl, mse
 
 
@@ -191,7 +189,7 @@ def _backward_fake(
 _OPTIONS = "str axis, str direction, float temperature, str reduction"
 
 # Both losses, and per distribution what backward rebuilds the probabilities from: (3, M) the student's
-# reference (2^((s - reference) log2(e) / T) is an exponential), the inverse of its sum, the mean of s - t under
+# reference (its exponentials are exp((s - reference) / T)), the inverse of their sum, the mean of s - t under
 # the student's probabilities; or, for "teacher||student", (4, M) reference and inverse of either map.
 _loss_forward = define(
     f"distillation_loss_forward(Tensor student, Tensor teacher, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
@@ -199,8 +197,8 @@ _loss_forward = define(
     fake=_forward_fake,
 )
 _loss_backward = define(
-    "distillation_loss_backward(Tensor? grad_kl, Tensor? grad_mse, Tensor student, Tensor teacher, Tensor stats, "
-    f"{_OPTIONS}) -> Tensor",
+    "distillation_loss_backward(Tensor? grad_kl, Tensor? grad_mse, Tensor student, Tensor teacher, "
+    f"Tensor stats, {_OPTIONS}) -> Tensor",
     reference=_backward_composite,
     fake=_backward_fake,
 )
@@ -215,7 +213,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(
     ctx: Any, grad_kl: Tensor | None, grad_mse: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    if grad_kl is None and grad_mse is None or not ctx.needs_input_grad[0]:
+    if (grad_kl is None and grad_mse is None) or not ctx.needs_input_grad[0]:
         return (None,) * 6
     return _loss_backward(grad_kl, grad_mse, *ctx.saved_tensors, *ctx.options), *((None,) * 5)
 
