@@ -14,7 +14,7 @@ from benchmarks.measure import PASSES, Call, Case, call_of
 
 # (B, C, h, w): ViT-B's and ViT-L's maps of 512 and 1024 pixels.
 SHAPES = [(4, 768, 32, 32), (2, 1024, 64, 64)]
-# (layouts of student and teacher, axis, direction): the paper's loss on three kinds of maps, the authors' code.
+# (layouts, axis, direction): the paper's loss on three kinds of maps, then the authors' code.
 FORMS = [
     ("contiguous", "channel", "student||teacher"),
     ("channels-last", "channel", "student||teacher"),

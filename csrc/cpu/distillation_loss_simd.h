@@ -198,8 +198,8 @@ RSK_INLINE void add_steps(const S* s, int64_t s_stride, const T* t, int64_t t_st
 // The largest values so far become the references. References need not be maxima, the first values do, but
 // exponentials must not overflow.
 template <bool kTeacherFirst, bool kAlong, typename S, typename T>
-__attribute__((noinline)) void raise_references(
-    const S* s, int64_t s_stride, const T* t, int64_t t_stride, int64_t steps, float exponent, Sums& now) {
+__attribute__((noinline)) void raise_references(const S* s, int64_t s_stride, const T* t, int64_t t_stride,
+    int64_t steps, float exponent, const BlockSums& block, Sums& now) {
   VecF s_max = now.reference_s, t_max = now.reference_t;
   for (int64_t i = 0; i < steps; ++i) {
     s_max = vmax(load(s + i * s_stride), s_max);
@@ -208,6 +208,9 @@ __attribute__((noinline)) void raise_references(
   if constexpr (kAlong) {
     s_max = largest_lane(s_max);
     t_max = largest_lane(t_max);
+  } else { // a distribution's result must not depend on its neighbours'
+    s_max = block.z_s < kTooLarge ? now.reference_s : s_max;
+    t_max = block.z_t < kTooLarge ? now.reference_t : t_max;
   }
   const VecF factor_s = exp2_any<5>((now.reference_s - s_max) * exponent);
   const VecF factor_t = exp2_any<5>((now.reference_t - t_max) * exponent);
@@ -230,7 +233,7 @@ template <bool kTeacherFirst, bool kAlong, typename S, typename T>
 RSK_INLINE void merge_block(const S* s, int64_t s_stride, const T* t, int64_t t_stride, int64_t steps,
     float exponent, BlockSums& block, Sums& now) {
   if (any_reaches(block.z_s, block.z_t, kTooLarge)) {
-    raise_references<kTeacherFirst, kAlong>(s, s_stride, t, t_stride, steps, exponent, now);
+    raise_references<kTeacherFirst, kAlong>(s, s_stride, t, t_stride, steps, exponent, block, now);
     block = BlockSums{};
     for (int64_t i = 0; i < steps; ++i) {
       add_steps<kTeacherFirst, 1>(s + i * s_stride, 0, t + i * t_stride, 0, exponent, now, block);
@@ -388,9 +391,10 @@ inline void forward_tile_of(const DistillationCall& call, const Tile& tile, Dist
 
 // ---------------------------------------------------------------- backward
 
-// Per distribution; the factors of the gradient are in the inverses.
+// Per distribution; the factor of the gradient is in the inverse. `ratio` is inverse_t / inverse_s: P - Q is taken
+// before it is normalised, so that equal maps have none.
 struct Coefficients {
-  VecF reference_s, inverse_s, mean, reference_t, inverse_t;
+  VecF reference_s, inverse_s, mean, reference_t, ratio;
 };
 
 template <Divergence kDivergence>
@@ -404,8 +408,9 @@ inline Coefficients coefficients(const DistillationCall& call, const Tile& tile,
     for (int row = 0; row < (kDivergence == Divergence::teacher_student ? 4 : 3); ++row) {
       for (int64_t i = 0; i < count; ++i) rows[row][i] = from[row * call.stat_row + i * call.stat_lane];
     }
-    c = {load(rows[kReferenceS]), load(rows[kInverseS]) * call.kl_factor, load(rows[kMeanDifference]),
-        load(rows[kReferenceT]), load(rows[kInverseT]) * call.kl_factor};
+    const VecF inverse_s = load(rows[kInverseS]);
+    c = {load(rows[kReferenceS]), inverse_s * call.kl_factor, load(rows[kMeanDifference]),
+        load(rows[kReferenceT]), load(rows[kInverseT]) / inverse_s};
   }
   return c;
 }
@@ -418,9 +423,9 @@ RSK_INLINE VecF gradient(VecF x, VecF y, const Coefficients& c, float exponent, 
   if constexpr (kDivergence == Divergence::student_teacher) {
     sum += exp2_any<kDegree>((x - c.reference_s) * exponent) * c.inverse_s * (difference - c.mean);
   } else if constexpr (kDivergence == Divergence::teacher_student) {
-    const VecF p = exp2_any<5>((x - c.reference_s) * exponent) * c.inverse_s;
-    const VecF q = exp2_any<5>((y - c.reference_t) * exponent) * c.inverse_t;
-    sum += p - q;
+    const VecF e_s = exp2_any<5>((x - c.reference_s) * exponent);
+    const VecF e_t = exp2_any<5>((y - c.reference_t) * exponent);
+    sum += (e_s - e_t * c.ratio) * c.inverse_s;
   }
   return sum;
 }
@@ -471,7 +476,7 @@ inline void backward_tile_of(const DistillationCall& call, const Tile& tile) {
       const Coefficients& all = c[i / kLanes];
       const int64_t lane = i % kLanes;
       const Coefficients one{splat(all.reference_s[lane]), splat(all.inverse_s[lane]), splat(all.mean[lane]),
-          splat(all.reference_t[lane]), splat(all.inverse_t[lane])};
+          splat(all.reference_t[lane]), splat(all.ratio[lane])};
       gradient_along<kDivergence, kDegree>(
           call, s + i * call.student.lane, t + i * call.teacher.lane, g + i * call.grad.lane, one);
     }

@@ -417,7 +417,7 @@ def test_second_derivative_is_an_error_not_a_wrong_answer():
 @needs_cpp
 @pytest.mark.parametrize("layouts", [("contiguous",) * 2, ("channels_last", "contiguous")])
 def test_opcheck(layouts):
-    for axis, direction in itertools.product(AXES, DIRECTIONS):
+    for axis, direction in zip(AXES, DIRECTIONS, strict=True):
         student, teacher = Case(layouts=layouts, dtypes=BOTH).maps()
         tail = (axis, direction, 2.0, "mean")
         forward = torch.ops.rskernels.distillation_loss_forward.default
