@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from benchmarks import deformable_attention, linear, models, rel_pos_attention
+from benchmarks import (
+    deformable_attention,
+    distillation_loss,
+    linear,
+    models,
+    rel_pos_attention,
+)
 
 SUITES: dict[str, ModuleType] = {
     "rel_pos_attention": rel_pos_attention,
     "linear": linear,
+    "distillation_loss": distillation_loss,
     "deformable_attention": deformable_attention,
     "models": models,
 }

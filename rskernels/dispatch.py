@@ -32,7 +32,7 @@ TABLE: dict[str, dict[str, dict[torch.dtype, tuple[str, ...]]]] = {
     "lora_linear": _CPP,
     "lora_qkv": _CPP,
     "cross_attention": {},
-    "distillation_loss": {},
+    "distillation_loss": _CPP,
     "dilated_aspp": {},
     "deformable_attention": _CPP,
 }
