@@ -49,37 +49,6 @@ Rows::Rows(const at::Tensor& t) : tensor(t.reshape({-1, t.size(-1)})) {
   stride = tensor.stride(0);
 }
 
-at::Tensor merged_weight(const LoraLayout& layout, const at::Tensor& weight_, at::TensorList a,
-    at::TensorList b, float scale) {
-  const at::Tensor weight = weight_.contiguous();
-  at::Tensor merged = at::empty_like(weight);
-  const auto& simd = lora_kernels<float, float>();
-  const Factors<float> factors = stack_a<float, float>(layout, a, scale);
-  const float* from = weight.const_data_ptr<float>();
-  float* to = merged.data_ptr<float>();
-  const int64_t in = layout.in;
-  const auto copy = [&](int64_t begin, int64_t end) {
-    at::parallel_for(begin, end, kRowGroup, [&](int64_t first, int64_t last) {
-      std::copy(from + first * in, from + last * in, to + first * in);
-    });
-  };
-  int64_t done = 0;
-  for (size_t p = 0; p < layout.parts.size(); ++p) {
-    const LoraPart& part = layout.parts[p];
-    copy(done, part.column);
-    done = part.column + part.size;
-    const at::Tensor b_rows = b[p].contiguous();
-    const float* coefficients = b_rows.const_data_ptr<float>();
-    at::parallel_for(0, part.size, kRowGroup, [&](int64_t first, int64_t last) {
-      const int64_t offset = (part.column + first) * in;
-      simd.update(from + offset, in, to + offset, in, last - first, in, coefficients + first * part.rank,
-          part.rank, factors.row(part.first_padded), factors.stride, part.rank);
-    });
-  }
-  copy(done, layout.out);
-  return merged;
-}
-
 namespace {
 
 using at::Tensor;
@@ -93,38 +62,80 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return std::get<0>(handle.call(x, weight, bias, "none", false));
 }
 
+// In fp32 and with enough rows it is cheaper to add scale BA to the weight than its product to the output: both
+// are read and written once. In bf16 a merged weight would round the update away.
+bool merges(const LoraLayout& layout, const Tensor& x) {
+  return x.scalar_type() == at::kFloat && layout.rows * layout.columns > 2 * layout.out * layout.in;
+}
+
+// W + scale B A
+Tensor merged_weight(const LoraLayout& layout, const Tensor& weight_, at::TensorList a, at::TensorList b,
+    float scale) {
+  const Tensor weight = weight_.contiguous();
+  Tensor merged = at::empty_like(weight);
+  const auto& simd = lora_kernels<float, float>();
+  const auto factors = stack_a<float, float>(layout, a, Factors<float>::rows);
+  const float* from = weight.const_data_ptr<float>();
+  float* to = merged.data_ptr<float>();
+  const int64_t in = layout.in;
+  const auto copy = [&](int64_t begin, int64_t end) {
+    at::parallel_for(begin, end, kRowGroup, [&](int64_t first, int64_t last) {
+      std::copy(from + first * in, from + last * in, to + first * in);
+    });
+  };
+  int64_t done = 0;
+  for (size_t p = 0; p < layout.parts.size(); ++p) {
+    const LoraPart& part = layout.parts[p];
+    copy(done, part.column);
+    done = part.column + part.size;
+    const Tensor dense = b[p].contiguous();
+    at::parallel_for(0, part.size, kRowGroup, [&](int64_t first, int64_t last) {
+      const int64_t offset = (part.column + first) * in, values = (last - first) * part.rank;
+      std::vector<float> coefficients(values);
+      simd.scaled(dense.const_data_ptr<float>() + first * part.rank, scale, coefficients.data(), values);
+      simd.update(from + offset, in, to + offset, in, last - first, in, coefficients.data(), part.rank,
+          factors.row(part.first_padded), factors.stride, part.rank);
+    });
+  }
+  copy(done, layout.out);
+  return merged;
+}
+
 // x Aᵀ into xa, unless that is undefined, and its product with Bᵀ onto y, unless that is undefined.
 template <typename Io, typename Tile>
 void project_and_update(const LoraLayout& layout, const Tensor& x_, at::TensorList a, at::TensorList b,
     float scale, const Tensor& xa, const Tensor& y) {
   const auto& simd = lora_kernels<Io, Tile>();
   const Rows x(x_);
-  const Factors<Tile> stacked = stack_a<Tile, Io>(layout, a, 1.0f);
-  std::vector<Factors<float>> factors;
+  const auto stacked = stack_a<Tile, Io>(layout, a, Factors<Tile>::rows);
+  std::vector<Factors<Tile>> factors;
   for (size_t p = 0; y.defined() && p < b.size(); ++p) {
-    factors.push_back(transpose_b<float, Io>(layout.parts[p], b[p], scale));
+    factors.push_back(transpose_b<Tile, Io>(layout.parts[p], b[p], Factors<Tile>::paired));
   }
   const Io* from = x.data<Io>();
   Io* to = y.defined() ? y.data_ptr<Io>() : nullptr;
   float* kept = xa.defined() ? xa.data_ptr<float>() : nullptr;
   const int64_t groups = (layout.rows + kRowGroup - 1) / kRowGroup;
   at::parallel_for(0, groups, layout.grain(), [&](int64_t begin, int64_t end) {
-    std::vector<float> products(kRowGroup * layout.padded);
+    const int64_t values = kRowGroup * layout.padded;
+    std::vector<float> products(values);
+    std::vector<Tile> coefficients(values);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t row = group * kRowGroup, count = std::min(kRowGroup, layout.rows - row);
       simd.project(from + row * x.stride, x.stride, count, layout.in, stacked.row(0), stacked.stride,
           layout.padded, 1.0f, products.data(), layout.padded);
+      simd.scaled(products.data(), scale, coefficients.data(), values);
       for (size_t p = 0; p < layout.parts.size(); ++p) {
         const LoraPart& part = layout.parts[p];
-        const float* coefficients = products.data() + part.first_padded;
         for (int64_t i = 0; kept != nullptr && i < count; ++i) {
-          std::copy_n(
-              coefficients + i * layout.padded, part.rank, kept + (row + i) * layout.ranks + part.first);
+          std::copy_n(products.data() + i * layout.padded + part.first_padded, part.rank,
+              kept + (row + i) * layout.ranks + part.first);
         }
         if (to == nullptr) continue;
         Io* columns = to + row * layout.out + part.column;
-        simd.update(columns, layout.out, columns, layout.out, count, part.size, coefficients, layout.padded,
-            factors[p].row(0), factors[p].stride, part.rank);
+        simd.update(columns, layout.out, columns, layout.out, count, part.size,
+            coefficients.data() + part.first_padded, layout.padded, factors[p].row(0), factors[p].stride,
+            part.rank);
       }
     }
   });
@@ -140,12 +151,12 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x, const Tensor& weight,
   sizes.back() = layout.ranks;
   const Tensor xa = at::empty(keep_xa ? at::IntArrayRef(sizes) : at::IntArrayRef({0}),
       x.options().dtype(at::kFloat));
-  const bool merges = layout.merges(x.scalar_type());
-  const Tensor y = linear(x, merges ? merged_weight(layout, weight, a, b, scale) : weight, bias);
-  if (layout.rows > 0 && (keep_xa || !merges)) {
+  const bool merge = merges(layout, x);
+  const Tensor y = linear(x, merge ? merged_weight(layout, weight, a, b, scale) : weight, bias);
+  if (layout.rows > 0 && (keep_xa || !merge)) {
     with_lora_types(x.scalar_type(), [&](auto io, auto tile) {
       project_and_update<decltype(io), decltype(tile)>(
-          layout, x, a, b, scale, keep_xa ? xa : Tensor(), merges ? Tensor() : y);
+          layout, x, a, b, scale, keep_xa ? xa : Tensor(), merge ? Tensor() : y);
     });
   }
   return {y, xa};

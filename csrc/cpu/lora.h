@@ -12,17 +12,18 @@
 
 namespace rskernels {
 
-constexpr int64_t kRowGroup = 16;   // rows that are worked on while they are in the cache
+constexpr int64_t kRowGroup = 32;   // rows that are worked on while they are in the cache
 constexpr int64_t kRankPadding = 4; // ranks of a factor, in memory
 constexpr int64_t kPadding = 64;    // columns likewise: whole strips at every instruction set
 
-// One instruction set's products (lora_simd.h). Io: tensors; Tile: factors of `project`.
+// One instruction set's products (lora_simd.h). Io: tensors; Tile: factors.
 template <typename Io, typename Tile>
 struct LoraKernels {
   void (*project)(const Io* x, int64_t x_stride, int64_t count, int64_t n, const Tile* factors,
       int64_t factor_stride, int64_t ranks, float scale, float* out, int64_t out_stride);
+  void (*scaled)(const float* from, float scale, Tile* to, int64_t n);
   void (*update)(const Io* from, int64_t from_stride, Io* to, int64_t to_stride, int64_t count, int64_t n,
-      const float* coefficients, int64_t coefficient_stride, const float* factors, int64_t factor_stride,
+      const Tile* coefficients, int64_t coefficient_stride, const Tile* factors, int64_t factor_stride,
       int64_t ranks);
   void (*gather)(const Io* x, int64_t x_stride, int64_t count, int64_t n, const float* coefficients,
       int64_t coefficient_stride, int64_t ranks, float* sums, int64_t sum_stride);
@@ -46,10 +47,6 @@ struct LoraLayout {
 
   LoraLayout(const at::Tensor& x, const at::Tensor& weight, at::TensorList b, at::IntArrayRef first_columns);
 
-  // In fp32 and with enough rows it is cheaper to add scale·BA to the weight than its product to the output:
-  // both are read and written once. In bf16 a merged weight would round the update away.
-  bool merges(at::ScalarType dtype) const { return dtype == at::kFloat && rows * columns > 2 * out * in; }
-
   // Row groups that one thread should take at least: a parallel region costs some microseconds.
   int64_t grain() const;
 };
@@ -66,51 +63,61 @@ struct Rows {
   }
 };
 
-// A matrix of few rows, padded with zeros as lora_simd.h wants it.
+// A matrix of few ranks, padded with zeros as lora_simd.h wants it: rows of `stride` values. Paired (bf16 only):
+// ranks 2i and 2i + 1 side by side, column by column, in the memory of two rows.
 template <typename T>
-struct Factors {
-  int64_t stride;
-  std::vector<T> values;
+class Factors {
+ public:
+  enum Order { rows, paired };
 
-  Factors(int64_t ranks, int64_t n) : stride(round_up(n, kPadding)), values(ranks * stride) {}
-  T* row(int64_t rank) { return values.data() + rank * stride; }
-  const T* row(int64_t rank) const { return values.data() + rank * stride; }
+  Factors(int64_t ranks, int64_t n, Order order)
+      : stride(round_up(n, kPadding)),
+        paired_(order == paired && !std::is_same_v<T, float>),
+        values_(ranks * stride) {}
+
+  // Row `rank` of a paired matrix is that of its pair: ask for even ones.
+  const T* row(int64_t rank) const { return values_.data() + rank * stride; }
+
+  // Ranks first .. first + ranks are from[r * rank_step + c * column_step].
+  template <typename Io>
+  void fill(int64_t first, int64_t ranks, const Io* from, int64_t rank_step, int64_t n, int64_t column_step) {
+    const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, n));
+    at::parallel_for(0, ranks, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t rank = first + r;
+        T* to = values_.data() + (paired_ ? rank / 2 * 2 * stride + rank % 2 : rank * stride);
+        const int64_t step = paired_ ? 2 : 1;
+        for (int64_t c = 0; c < n; ++c) to[c * step] = static_cast<T>(from[r * rank_step + c * column_step]);
+      }
+    });
+  }
+
+  const int64_t stride;
+
+ private:
+  const bool paired_;
+  std::vector<T> values_;
 };
 
-// The A matrices below each other, times scale.
+// The A matrices below each other.
 template <typename T, typename Io>
-Factors<T> stack_a(const LoraLayout& layout, at::TensorList a, float scale) {
-  Factors<T> factors(layout.padded, layout.in);
+Factors<T> stack_a(const LoraLayout& layout, at::TensorList a, typename Factors<T>::Order order) {
+  Factors<T> factors(layout.padded, layout.in, order);
   for (size_t p = 0; p < layout.parts.size(); ++p) {
-    const at::Tensor dense = a[p].contiguous();
-    const Io* from = dense.const_data_ptr<Io>();
-    for (int64_t r = 0; r < layout.parts[p].rank; ++r) {
-      T* to = factors.row(layout.parts[p].first_padded + r);
-      for (int64_t c = 0; c < layout.in; ++c) {
-        to[c] = static_cast<T>(scale * static_cast<float>(from[r * layout.in + c]));
-      }
-    }
+    const LoraPart& part = layout.parts[p];
+    factors.fill(part.first_padded, part.rank, a[p].const_data_ptr<Io>(), a[p].stride(0), layout.in,
+        a[p].stride(1));
   }
   return factors;
 }
 
-// A part's Bᵀ, times scale.
+// A part's Bᵀ.
 template <typename T, typename Io>
-Factors<T> transpose_b(const LoraPart& part, const at::Tensor& b, float scale) {
-  Factors<T> factors(part.padded(), part.size);
-  const at::Tensor dense = b.contiguous();
-  const Io* from = dense.const_data_ptr<Io>();
-  for (int64_t c = 0; c < part.size; ++c) {
-    for (int64_t r = 0; r < part.rank; ++r) {
-      factors.row(r)[c] = static_cast<T>(scale * static_cast<float>(from[c * part.rank + r]));
-    }
-  }
+Factors<T> transpose_b(const LoraPart& part, const at::Tensor& b, typename Factors<T>::Order order) {
+  Factors<T> factors(part.padded(), part.size, order);
+  factors.fill(0, part.rank, b.const_data_ptr<Io>(), b.stride(1), part.size, b.stride(0));
   return factors;
 }
-
-// W + scale·BA: in fp32.
-at::Tensor merged_weight(const LoraLayout& layout, const at::Tensor& weight, at::TensorList a,
-    at::TensorList b, float scale);
 
 // Calls serve(Io, Tile) with values of the types that serve this dtype on this processor.
 template <typename Serve>

@@ -3,7 +3,7 @@
 // The large product, dy W, is rskernels::linear_backward. Around it one pass over the rows, a group at a time:
 //   g = scale dy B,  dBᵀ += (x Aᵀ)ᵀ dy       dy is read once,
 //   dA += gᵀ x,      dx += g A               x is read once, dx read and written.
-// Where the forward pass merges the weight, dx comes from the merged weight, too, and is left alone here.
+// A merged weight would spare dx += g A, but cost as much as that (measured).
 //
 // Determinism: rows are cut into slices by the shape alone; sums run in order within a slice, and slices are
 // added in order.
@@ -75,25 +75,34 @@ class LoraBackward {
         dx_(dx.defined() ? dx.data_ptr<Io>() : nullptr),
         scale_(scale),
         simd_(lora_kernels<Io, Tile>()),
-        a_(dx.defined() ? stack_a<float, Io>(layout, a, 1.0f) : Factors<float>(0, layout.in)) {
+        a_(stack_a<Tile, Io>(layout, a, Factors<Tile>::paired)) {
     for (size_t p = 0; needs_g() && p < b.size(); ++p) {
-      b_.push_back(transpose_b<Tile, Io>(layout.parts[p], b[p], 1.0f));
+      b_.push_back(transpose_b<Tile, Io>(layout.parts[p], b[p], Factors<Tile>::rows));
     }
   }
 
   void run_slice(int64_t slice) const {
-    std::vector<float> g(kRowGroup * layout_.padded), xa(kRowGroup * layout_.padded);
+    const int64_t values = kRowGroup * layout_.padded;
+    Buffers buffers{std::vector<float>(values + kVector), std::vector<float>(values + kVector),
+        std::vector<Tile>(values)};
     float* sums = sums_.slice(slice);
     std::fill_n(sums, sums_.size, 0.0f);
     for (int64_t group = sums_.first_group(slice); group < sums_.first_group(slice + 1); ++group) {
-      run_group(group * kRowGroup, sums, g.data(), xa.data());
+      run_group(group * kRowGroup, sums, buffers);
     }
   }
 
  private:
+  // Of a row group: g, x Aᵀ, and g as the coefficients of dx.
+  struct Buffers {
+    std::vector<float> g, xa;
+    std::vector<Tile> coefficients;
+  };
+
   bool needs_g() const { return wanted_.a || dx_ != nullptr; }
 
-  void run_group(int64_t row, float* sums, float* g, float* xa) const {
+  void run_group(int64_t row, float* sums, Buffers& buffers) const {
+    float *g = buffers.g.data(), *xa = buffers.xa.data();
     const int64_t count = std::min(kRowGroup, layout_.rows - row), padded = layout_.padded;
     for (size_t p = 0; p < layout_.parts.size(); ++p) {
       const LoraPart& part = layout_.parts[p];
@@ -115,11 +124,10 @@ class LoraBackward {
           sums_.a_stride);
     }
     if (dx_ == nullptr) return;
+    simd_.scaled(g, 1.0f, buffers.coefficients.data(), count * padded);
     Io* dx = dx_ + row * layout_.in;
-    for (const LoraPart& part : layout_.parts) {
-      simd_.update(dx, layout_.in, dx, layout_.in, count, layout_.in, g + part.first_padded, padded,
-          a_.row(part.first_padded), a_.stride, part.rank);
-    }
+    simd_.update(dx, layout_.in, dx, layout_.in, count, layout_.in, buffers.coefficients.data(), padded,
+        a_.row(0), a_.stride, padded);
   }
 
   const LoraLayout& layout_;
@@ -130,7 +138,7 @@ class LoraBackward {
   Io* dx_;
   const float scale_;
   const LoraKernels<Io, Tile>& simd_;
-  const Factors<float> a_;
+  const Factors<Tile> a_;
   std::vector<Factors<Tile>> b_;
 };
 
@@ -182,17 +190,12 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_backward(const
   for (const Tensor& t : a) da.push_back(like(t, wanted.a));
   for (const Tensor& t : b) db.push_back(like(t, wanted.b));
   if (layout.rows == 0) return {dx, da, db};
-  const bool merges = layout.merges(grad.scalar_type());
-  if (wanted.x) {
-    dx = input_gradient(grad, x, merges ? merged_weight(layout, weight, a, b, scale) : weight);
-  }
-  const bool updates = wanted.x && !merges;
-  if (!wanted.a && !wanted.b && !updates) return {dx, da, db};
+  if (wanted.x) dx = input_gradient(grad, x, weight);
   with_lora_types(grad.scalar_type(), [&](auto io, auto tile) {
     using Io = decltype(io);
     const Sums sums(layout, wanted);
     const LoraBackward<Io, decltype(tile)> pass(
-        layout, wanted, sums, grad, x, xa, updates ? dx : Tensor(), a, b, scale);
+        layout, wanted, sums, grad, x, xa, wanted.x ? dx : Tensor(), a, b, scale);
     at::parallel_for(0, sums.slices, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slice = begin; slice < end; ++slice) pass.run_slice(slice);
     });

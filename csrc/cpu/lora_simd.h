@@ -1,8 +1,9 @@
 // The three thin products of LoRA for one instruction set: ranks are few, rows and columns many, so each reads its large
 // operand once, at the speed of memory. Included by foreach_isa.h.
 //
-// Columns go by whole vectors; what is missing from the last one counts as zeros. Factors and sums are rows of
-// `ranks` x columns, padded to kPadding columns; ranks come in blocks of kRankBlock, the rest zeros.
+// Columns go by whole vectors; what is missing from the last one counts as zeros. Factors and sums are ranks x
+// columns, padded with zeros to kPadding columns and blocks of kRankPadding ranks. Reads of coefficients run up to
+// kLanes values past their end.
 
 typedef uint32_t LooseU __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 
@@ -67,7 +68,7 @@ RSK_INLINE VecF add_pair_products(VecF sum, VecU a, VecU b) {
 #endif
 }
 
-constexpr int kRankBlock = 4, kDotRows = kLanes / kRankBlock;
+constexpr int kRankBlock = kRankPadding, kDotRows = kLanes / kRankBlock;
 
 // kDotRows x kRankBlock dot products of n columns, one in each lane.
 template <typename Io, typename Tile>
@@ -132,63 +133,79 @@ inline void project(const Io* x, int64_t x_stride, int64_t count, int64_t n, con
   }
 }
 
-constexpr int kUpdateVectors = 2;
+// to[i] = scale * from[i]: the coefficients of `update`.
+template <typename Tile>
+inline void scaled(const float* from, float scale, Tile* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i) * scale);
+  for (; i < n; ++i) to[i] = static_cast<Tile>(from[i] * scale);
+}
 
-template <int kRows, bool kTail, typename Io>
+// Accumulators of the two products below: half of the registers, at most.
+constexpr int kAccumulators = kLanes == 16 ? 16 : 8;
+constexpr int kUpdateRows = 4, kUpdateVectors = kAccumulators / kUpdateRows;
+
+template <int kRows, bool kTail, typename Io, typename Tile>
 RSK_INLINE void update_strip(const Io* from, int64_t from_stride, Io* to, int64_t to_stride, int64_t n,
-    const float* coefficients, int64_t coefficient_stride, const float* factors, int64_t factor_stride,
+    const Tile* coefficients, int64_t coefficient_stride, const Tile* factors, int64_t factor_stride,
     int64_t ranks) {
-  VecF values[kRows][kUpdateVectors];
-#pragma GCC unroll 4
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
-    for (int v = 0; v < kUpdateVectors; ++v) {
-      values[i][v] = load_columns<kTail>(from + i * from_stride + v * kLanes, n - v * kLanes);
-    }
-  }
-  for (int64_t r = 0; r < ranks; ++r) {
-    const float* factor = factors + r * factor_stride;
+  constexpr int kTogether = std::is_same_v<Tile, float> ? 1 : 2; // ranks
+  VecF products[kRows][kUpdateVectors] = {};
+  for (int64_t r = 0; r < ranks; r += kTogether) {
+    const Tile* factor = factors + r * factor_stride;
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
-      const VecF coefficient = splat(coefficients[i * coefficient_stride + r]);
-#pragma GCC unroll 2
-      for (int v = 0; v < kUpdateVectors; ++v) values[i][v] += coefficient * load(factor + v * kLanes);
+      const Tile* coefficient = coefficients + i * coefficient_stride + r;
+#pragma GCC unroll 4
+      for (int v = 0; v < kUpdateVectors; ++v) {
+        VecF& product = products[i][v];
+        if constexpr (kTogether == 2) {
+          uint32_t pair;
+          std::memcpy(&pair, coefficient, sizeof(pair));
+          product = add_pair_products(product, pair + VecU{}, load_pairs<false>(factor + v * 2 * kLanes, 0));
+        } else {
+          product += splat(*coefficient) * load(factor + v * kLanes);
+        }
+      }
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < kUpdateVectors; ++v) {
-      store_columns<kTail>(to + i * to_stride + v * kLanes, values[i][v], n - v * kLanes);
+      const int64_t left = n - v * kLanes;
+      const VecF value = load_columns<kTail>(from + i * from_stride + v * kLanes, left) + products[i][v];
+      store_columns<kTail>(to + i * to_stride + v * kLanes, value, left);
     }
   }
 }
 
-template <int kRows, typename Io>
-RSK_INLINE void update_rows(const Io* from, int64_t from_stride, Io* to, int64_t to_stride, int64_t n,
-    const float* coefficients, int64_t coefficient_stride, const float* factors, int64_t factor_stride,
+template <int kRows, typename Io, typename Tile>
+inline void update_rows(const Io* from, int64_t from_stride, Io* to, int64_t to_stride, int64_t n,
+    const Tile* coefficients, int64_t coefficient_stride, const Tile* factors, int64_t factor_stride,
     int64_t ranks) {
   constexpr int64_t kStep = kUpdateVectors * kLanes;
+  constexpr int64_t kWide = std::is_same_v<Tile, float> ? 1 : 2; // values of a column in `factors`
   int64_t c = 0;
   for (; c + kStep <= n; c += kStep) {
     update_strip<kRows, false>(from + c, from_stride, to + c, to_stride, n, coefficients, coefficient_stride,
-        factors + c, factor_stride, ranks);
+        factors + kWide * c, factor_stride, ranks);
   }
   if (c < n) {
     update_strip<kRows, true>(from + c, from_stride, to + c, to_stride, n - c, coefficients,
-        coefficient_stride, factors + c, factor_stride, ranks);
+        coefficient_stride, factors + kWide * c, factor_stride, ranks);
   }
 }
 
-// to[row][c] = from[row][c] + the sum over r of coefficients[row][r] * factors[r][c]
-template <typename Io>
+// to[row][c] = from[row][c] + the sum over r of coefficients[row][r] * factors[r][c]. bf16 factors are paired
+// (lora.h). The sum is formed first, so that a sum of zeros leaves every value as it is, however small.
+template <typename Io, typename Tile>
 inline void update(const Io* from, int64_t from_stride, Io* to, int64_t to_stride, int64_t count, int64_t n,
-    const float* coefficients, int64_t coefficient_stride, const float* factors, int64_t factor_stride,
+    const Tile* coefficients, int64_t coefficient_stride, const Tile* factors, int64_t factor_stride,
     int64_t ranks) {
-  constexpr int kRows = 4;
   int64_t row = 0;
-  for (; row + kRows <= count; row += kRows) {
-    update_rows<kRows>(from + row * from_stride, from_stride, to + row * to_stride, to_stride, n,
+  for (; row + kUpdateRows <= count; row += kUpdateRows) {
+    update_rows<kUpdateRows>(from + row * from_stride, from_stride, to + row * to_stride, to_stride, n,
         coefficients + row * coefficient_stride, coefficient_stride, factors, factor_stride, ranks);
   }
   for (; row < count; ++row) {
@@ -197,21 +214,9 @@ inline void update(const Io* from, int64_t from_stride, Io* to, int64_t to_strid
   }
 }
 
-// The coefficients of pairs of rows, two to a word, in a block of ranks.
-RSK_INLINE void pair_coefficients(
-    const float* coefficients, int64_t stride, int64_t count, int64_t ranks, uint32_t* pairs) {
-  for (int64_t row = 0; row < count; row += 2) {
-    for (int64_t r = 0; r < ranks; ++r) {
-      c10::BFloat16 pair[2] = {coefficients[row * stride + r],
-          row + 1 < count ? coefficients[(row + 1) * stride + r] : 0.0f};
-      std::memcpy(pairs + row / 2 * ranks + r, pair, sizeof(pair));
-    }
-  }
-}
-
 template <int kRanks, int kVectors, bool kTail, typename Io, typename Tile>
 RSK_INLINE void gather_strip(const Io* x, int64_t x_stride, int64_t count, int64_t n,
-    const float* coefficients, int64_t coefficient_stride, const uint32_t* pairs, float* sums,
+    const float* coefficients, int64_t coefficient_stride, const c10::BFloat16* pairs, float* sums,
     int64_t sum_stride) {
   VecF totals[kRanks][kVectors];
 #pragma GCC unroll 8
@@ -241,7 +246,9 @@ RSK_INLINE void gather_strip(const Io* x, int64_t x_stride, int64_t count, int64
         const VecU values = __builtin_convertvector(low, VecU) | __builtin_convertvector(high, VecU) << 16;
 #pragma GCC unroll 8
         for (int r = 0; r < kRanks; ++r) {
-          totals[r][v] = add_pair_products(totals[r][v], values, pairs[row / 2 * kRanks + r] + VecU{});
+          uint32_t pair;
+          std::memcpy(&pair, pairs + row * kLanes + 2 * r, sizeof(pair));
+          totals[r][v] = add_pair_products(totals[r][v], values, pair + VecU{});
         }
       }
     }
@@ -256,11 +263,16 @@ RSK_INLINE void gather_strip(const Io* x, int64_t x_stride, int64_t count, int64
 template <int kRanks, typename Io, typename Tile>
 inline void gather_ranks(const Io* x, int64_t x_stride, int64_t count, int64_t n, const float* coefficients,
     int64_t coefficient_stride, float* sums, int64_t sum_stride) {
-  constexpr int kVectors = 8 / kRanks;
+  constexpr int kVectors = kAccumulators / kRanks;
   constexpr int64_t kStep = kVectors * kLanes;
-  uint32_t pairs[kRowGroup / 2 * kRanks];
+  // The coefficients of two rows side by side, kLanes ranks of them (what follows the block is not used).
+  c10::BFloat16 pairs[kRowGroup * kLanes];
   if constexpr (!std::is_same_v<Tile, float>) {
-    pair_coefficients(coefficients, coefficient_stride, count, kRanks, pairs);
+    for (int64_t row = 0; row < count; row += 2) {
+      const float* even = coefficients + row * coefficient_stride;
+      const VecF odd = row + 1 < count ? load(even + coefficient_stride) : VecF{};
+      store_pairs(pairs + row * kLanes, load(even), odd);
+    }
   }
   int64_t c = 0;
   for (; c + kStep <= n; c += kStep) {
@@ -289,4 +301,5 @@ inline void gather(const Io* x, int64_t x_stride, int64_t count, int64_t n, cons
 }
 
 template <typename Io, typename Tile>
-inline constexpr LoraKernels<Io, Tile> kLoraKernels = {project<Io, Tile>, update<Io>, gather<Io, Tile>};
+inline constexpr LoraKernels<Io, Tile> kLoraKernels = {
+    project<Io, Tile>, scaled<Tile>, update<Io, Tile>, gather<Io, Tile>};
