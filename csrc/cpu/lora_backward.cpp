@@ -75,7 +75,8 @@ class LoraBackward {
         dx_(dx.defined() ? dx.data_ptr<Io>() : nullptr),
         scale_(scale),
         simd_(lora_kernels<Io, Tile>()),
-        a_(stack_a<Tile, Io>(layout, a, Factors<Tile>::paired)) {
+        a_(dx.defined() ? stack_a<Tile, Io>(layout, a, Factors<Tile>::paired)
+                        : Factors<Tile>(0, 0, Factors<Tile>::paired)) {
     for (size_t p = 0; needs_g() && p < b.size(); ++p) {
       b_.push_back(transpose_b<Tile, Io>(layout.parts[p], b[p], Factors<Tile>::rows));
     }
