@@ -56,9 +56,8 @@ using LinearForward = std::tuple<Tensor, Tensor>(
     const Tensor&, const Tensor&, const std::optional<Tensor>&, std::string_view, bool);
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  static const auto handle = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("rskernels::linear_forward", "")
-                                 .typed<LinearForward>();
+  static const auto handle =
+      c10::Dispatcher::singleton().findSchemaOrThrow("rskernels::linear_forward", "").typed<LinearForward>();
   return std::get<0>(handle.call(x, weight, bias, "none", false));
 }
 
@@ -69,8 +68,8 @@ bool merges(const LoraLayout& layout, const Tensor& x) {
 }
 
 // W + scale B A
-Tensor merged_weight(const LoraLayout& layout, const Tensor& weight_, at::TensorList a, at::TensorList b,
-    float scale) {
+Tensor merged_weight(
+    const LoraLayout& layout, const Tensor& weight_, at::TensorList a, at::TensorList b, float scale) {
   const Tensor weight = weight_.contiguous();
   Tensor merged = at::empty_like(weight);
   const auto& simd = lora_kernels<float, float>();
@@ -79,9 +78,8 @@ Tensor merged_weight(const LoraLayout& layout, const Tensor& weight_, at::Tensor
   float* to = merged.data_ptr<float>();
   const int64_t in = layout.in;
   const auto copy = [&](int64_t begin, int64_t end) {
-    at::parallel_for(begin, end, kRowGroup, [&](int64_t first, int64_t last) {
-      std::copy(from + first * in, from + last * in, to + first * in);
-    });
+    at::parallel_for(begin, end, kRowGroup,
+        [&](int64_t first, int64_t last) { std::copy(from + first * in, from + last * in, to + first * in); });
   };
   int64_t done = 0;
   for (size_t p = 0; p < layout.parts.size(); ++p) {
@@ -149,8 +147,8 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x, const Tensor& weight,
   const float scale = static_cast<float>(scale_);
   auto sizes = x.sizes().vec();
   sizes.back() = layout.ranks;
-  const Tensor xa = at::empty(keep_xa ? at::IntArrayRef(sizes) : at::IntArrayRef({0}),
-      x.options().dtype(at::kFloat));
+  const Tensor xa =
+      at::empty(keep_xa ? at::IntArrayRef(sizes) : at::IntArrayRef({0}), x.options().dtype(at::kFloat));
   const bool merge = merges(layout, x);
   const Tensor y = linear(x, merge ? merged_weight(layout, weight, a, b, scale) : weight, bias);
   if (layout.rows > 0 && (keep_xa || !merge)) {

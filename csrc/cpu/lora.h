@@ -105,8 +105,8 @@ Factors<T> stack_a(const LoraLayout& layout, at::TensorList a, typename Factors<
   Factors<T> factors(layout.padded, layout.in, order);
   for (size_t p = 0; p < layout.parts.size(); ++p) {
     const LoraPart& part = layout.parts[p];
-    factors.fill(part.first_padded, part.rank, a[p].const_data_ptr<Io>(), a[p].stride(0), layout.in,
-        a[p].stride(1));
+    factors.fill(
+        part.first_padded, part.rank, a[p].const_data_ptr<Io>(), a[p].stride(0), layout.in, a[p].stride(1));
   }
   return factors;
 }

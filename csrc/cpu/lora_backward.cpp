@@ -27,9 +27,8 @@ using LinearBackward = std::tuple<Tensor, Tensor, Tensor>(
 
 // dy W
 Tensor input_gradient(const Tensor& grad, const Tensor& x, const Tensor& weight) {
-  static const auto handle = c10::Dispatcher::singleton()
-                                 .findSchemaOrThrow("rskernels::linear_backward", "")
-                                 .typed<LinearBackward>();
+  static const auto handle =
+      c10::Dispatcher::singleton().findSchemaOrThrow("rskernels::linear_backward", "").typed<LinearBackward>();
   const Tensor nothing = at::empty({0}, grad.options());
   return std::get<0>(handle.call(grad, x, weight, nothing, "none", {true, false, false}));
 }
@@ -84,8 +83,8 @@ class LoraBackward {
 
   void run_slice(int64_t slice) const {
     const int64_t values = kRowGroup * layout_.padded;
-    Buffers buffers{std::vector<float>(values + kVector), std::vector<float>(values + kVector),
-        std::vector<Tile>(values)};
+    Buffers buffers{
+        std::vector<float>(values + kVector), std::vector<float>(values + kVector), std::vector<Tile>(values)};
     float* sums = sums_.slice(slice);
     std::fill_n(sums, sums_.size, 0.0f);
     for (int64_t group = sums_.first_group(slice); group < sums_.first_group(slice + 1); ++group) {
@@ -167,17 +166,17 @@ void write_gradients(const LoraLayout& layout, const Wanted& wanted, const Sums&
               da[p].data_ptr<Io>() + r * layout.in, 1);
         }
         if (wanted.b) {
-          write_total(sums, sums.b_offset[p] + r * sums.b_stride[p], part.size, scale,
-              db[p].data_ptr<Io>() + r, part.rank);
+          write_total(sums, sums.b_offset[p] + r * sums.b_stride[p], part.size, scale, db[p].data_ptr<Io>() + r,
+              part.rank);
         }
       }
     });
   }
 }
 
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_backward(const Tensor& grad,
-    const Tensor& x, const Tensor& weight, at::TensorList a, at::TensorList b, const Tensor& xa,
-    at::IntArrayRef first_columns, double scale_, std::array<bool, 3> mask) {
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_backward(const Tensor& grad, const Tensor& x,
+    const Tensor& weight, at::TensorList a, at::TensorList b, const Tensor& xa, at::IntArrayRef first_columns,
+    double scale_, std::array<bool, 3> mask) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const LoraLayout layout(x, weight, b, first_columns);
   const Wanted wanted{mask[0], mask[1], mask[2]};

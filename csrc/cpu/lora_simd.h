@@ -192,8 +192,8 @@ inline void update_rows(const Io* from, int64_t from_stride, Io* to, int64_t to_
         factors + kWide * c, factor_stride, ranks);
   }
   if (c < n) {
-    update_strip<kRows, true>(from + c, from_stride, to + c, to_stride, n - c, coefficients,
-        coefficient_stride, factors + kWide * c, factor_stride, ranks);
+    update_strip<kRows, true>(from + c, from_stride, to + c, to_stride, n - c, coefficients, coefficient_stride,
+        factors + kWide * c, factor_stride, ranks);
   }
 }
 
@@ -215,9 +215,8 @@ inline void update(const Io* from, int64_t from_stride, Io* to, int64_t to_strid
 }
 
 template <int kRanks, int kVectors, bool kTail, typename Io, typename Tile>
-RSK_INLINE void gather_strip(const Io* x, int64_t x_stride, int64_t count, int64_t n,
-    const float* coefficients, int64_t coefficient_stride, const c10::BFloat16* pairs, float* sums,
-    int64_t sum_stride) {
+RSK_INLINE void gather_strip(const Io* x, int64_t x_stride, int64_t count, int64_t n, const float* coefficients,
+    int64_t coefficient_stride, const c10::BFloat16* pairs, float* sums, int64_t sum_stride) {
   VecF totals[kRanks][kVectors];
 #pragma GCC unroll 8
   for (int r = 0; r < kRanks; ++r) {
@@ -291,12 +290,12 @@ inline void gather(const Io* x, int64_t x_stride, int64_t count, int64_t n, cons
     int64_t coefficient_stride, int64_t ranks, float* sums, int64_t sum_stride) {
   int64_t r = 0;
   for (; r + 8 <= ranks; r += 8) {
-    gather_ranks<8, Io, Tile>(x, x_stride, count, n, coefficients + r, coefficient_stride,
-        sums + r * sum_stride, sum_stride);
+    gather_ranks<8, Io, Tile>(
+        x, x_stride, count, n, coefficients + r, coefficient_stride, sums + r * sum_stride, sum_stride);
   }
   if (r < ranks) {
-    gather_ranks<4, Io, Tile>(x, x_stride, count, n, coefficients + r, coefficient_stride,
-        sums + r * sum_stride, sum_stride);
+    gather_ranks<4, Io, Tile>(
+        x, x_stride, count, n, coefficients + r, coefficient_stride, sums + r * sum_stride, sum_stride);
   }
 }
 

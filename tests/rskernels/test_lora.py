@@ -69,7 +69,10 @@ def test_qkv_matches_float64_formula(extension, assert_accurate, shape, dtype, b
 
 
 @settings(
-    max_examples=30, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     rows=st.integers(1, 700),
@@ -334,7 +337,7 @@ def test_composite_operators_match_the_reference(dtype):
 
 
 def test_dropping_xa_is_an_error_where_backward_needs_it(extension):
-    x, weight, bias, a, b, *_ = qkv_arguments(torch.float32, dim=16)
+    x, weight, bias, a, *_ = qkv_arguments(torch.float32, dim=16)
     b_all = torch.randn(48, 4, requires_grad=True)
     forward = torch.ops.rskernels.lora_forward
     assert forward(x, weight, bias, [a], [b_all.detach()], [0], 1.0, False)[1].numel() == 0
