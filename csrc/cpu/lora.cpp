@@ -7,6 +7,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -44,7 +45,7 @@ int64_t LoraLayout::grain() const {
   return std::max<int64_t>(1, kEnoughWork / std::max<int64_t>(1, kRowGroup * padded * (in + columns)));
 }
 
-Rows::Rows(const at::Tensor& t) : tensor(t.reshape({-1, t.size(-1)})) {
+Rows::Rows(const at::Tensor& t, int64_t rows) : tensor(t.reshape({rows, t.size(-1)})) {
   if (tensor.size(1) > 1 && tensor.stride(1) != 1) tensor = tensor.contiguous();
   stride = tensor.stride(0);
 }
@@ -104,7 +105,7 @@ template <typename Io, typename Tile>
 void project_and_update(const LoraLayout& layout, const Tensor& x_, at::TensorList a, at::TensorList b,
     float scale, const Tensor& xa, const Tensor& y) {
   const auto& simd = lora_kernels<Io, Tile>();
-  const Rows x(x_);
+  const Rows x(x_, layout.rows);
   const auto stacked = stack_a<Tile, Io>(layout, a, Factors<Tile>::rows);
   std::vector<Factors<Tile>> factors;
   for (size_t p = 0; y.defined() && p < b.size(); ++p) {
@@ -147,8 +148,9 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x, const Tensor& weight,
   const float scale = static_cast<float>(scale_);
   auto sizes = x.sizes().vec();
   sizes.back() = layout.ranks;
-  const Tensor xa =
-      at::empty(keep_xa ? at::IntArrayRef(sizes) : at::IntArrayRef({0}), x.options().dtype(at::kFloat));
+  const auto fp32 = x.options().dtype(at::kFloat);
+  Tensor xa = at::empty({0}, fp32);
+  if (keep_xa) xa = layout.rows > 0 ? at::empty(sizes, fp32) : at::zeros(sizes, fp32);
   const bool merge = merges(layout, x);
   const Tensor y = linear(x, merge ? merged_weight(layout, weight, a, b, scale) : weight, bias);
   if (layout.rows > 0 && (keep_xa || !merge)) {

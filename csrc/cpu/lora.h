@@ -51,20 +51,20 @@ struct LoraLayout {
   int64_t grain() const;
 };
 
-// A (rows, n) view of a tensor whose rows are dense; a copy where there is none.
+// A tensor as (rows, n) with dense rows; a copy where no view does.
 struct Rows {
   at::Tensor tensor;
   int64_t stride;
 
-  explicit Rows(const at::Tensor& t);
+  Rows(const at::Tensor& t, int64_t rows);
   template <typename Io>
   Io* data() const {
     return static_cast<Io*>(tensor.data_ptr());
   }
 };
 
-// A matrix of few ranks, padded with zeros as lora_simd.h wants it: rows of `stride` values. Paired (bf16 only):
-// ranks 2i and 2i + 1 side by side, column by column, in the memory of two rows.
+// A matrix of few ranks, padded with zeros as lora_simd.h wants it: rows of `stride` values. Paired (bf16
+// only): ranks 2i and 2i + 1 side by side, column by column, in the memory of two rows.
 template <typename T>
 class Factors {
  public:

@@ -1,9 +1,9 @@
-// The three thin products of LoRA for one instruction set: ranks are few, rows and columns many, so each reads its large
-// operand once, at the speed of memory. Included by foreach_isa.h.
+// The three thin products of LoRA for one instruction set: ranks are few, rows and columns many, so each reads
+// its large operand once, at the speed of memory. Included by foreach_isa.h.
 //
 // Columns go by whole vectors; what is missing from the last one counts as zeros. Factors and sums are ranks x
-// columns, padded with zeros to kPadding columns and blocks of kRankPadding ranks. Reads of coefficients run up to
-// kLanes values past their end.
+// columns, padded with zeros to kPadding columns and blocks of kRankPadding ranks. Reads of coefficients run up
+// to kLanes values past their end.
 
 typedef uint32_t LooseU __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 

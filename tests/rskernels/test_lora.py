@@ -14,7 +14,7 @@ QKV = ("x", "weight", "bias", "a_q", "b_q", "a_v", "b_v")
 def qkv_arguments(dtype, *, rows=(3, 50), inputs=24, dim=16, ranks=(4, 2), bias=True):
     """x, weight, bias, a_q, b_q, a_v, b_v with gradients where lora_qkv gives them."""
     x = torch.randn(*rows, inputs).to(dtype).requires_grad_()
-    weight = (torch.randn(3 * dim, inputs) / inputs**0.5).to(dtype)
+    weight = (torch.randn(3 * dim, inputs) / max(inputs, 1) ** 0.5).to(dtype)
     factors = [
         torch.randn(*shape).to(dtype).requires_grad_()
         for rank in ranks
@@ -59,7 +59,15 @@ def compare(assert_accurate, args, grad, dtype):
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", (((3, 50), 24, 16, (4, 2)), ((2100,), 64, 48, (4, 4)), ((0,), 5, 3, (1, 1)))
+    "shape",
+    (
+        ((3, 50), 24, 16, (4, 2)),
+        ((2100,), 64, 48, (4, 4)),
+        ((0,), 5, 3, (1, 1)),
+        ((4,), 5, 0, (1, 1)),
+        ((4,), 0, 3, (1, 1)),
+        ((2, 9), 70, 130, (70, 1)),
+    ),
 )
 def test_qkv_matches_float64_formula(extension, assert_accurate, shape, dtype, bias):
     rows, inputs, dim, ranks = shape
