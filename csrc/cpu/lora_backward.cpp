@@ -39,14 +39,18 @@ struct Wanted {
 
 // Partial sums: one row of memory per slice, holding dA (padded ranks x in) and each part's dBᵀ.
 struct Sums {
-  static constexpr int64_t kSliceRows = 256, kMostSlices = 32;
+  // Slices take memory and time to add up, but every thread should have some, even where there are few rows.
+  static int64_t slices_of(int64_t rows) {
+    return std::clamp<int64_t>(std::max(std::min<int64_t>(rows / 64, 8), rows / 256), 1, 32);
+  }
+
   int64_t groups, slices, a_stride, size = 0;
   std::vector<int64_t> b_offset, b_stride;
   Tensor memory;
 
   Sums(const LoraLayout& layout, const Wanted& wanted)
       : groups((layout.rows + kRowGroup - 1) / kRowGroup),
-        slices(std::clamp<int64_t>(layout.rows / kSliceRows, 1, kMostSlices)),
+        slices(slices_of(layout.rows)),
         a_stride(round_up(layout.in, kPadding)) {
     if (wanted.a) size = layout.padded * a_stride;
     for (const LoraPart& part : layout.parts) {
