@@ -8,6 +8,7 @@ from benchmarks import (
     deformable_attention,
     distillation_loss,
     linear,
+    lora,
     models,
     rel_pos_attention,
 )
@@ -15,6 +16,7 @@ from benchmarks import (
 SUITES: dict[str, ModuleType] = {
     "rel_pos_attention": rel_pos_attention,
     "linear": linear,
+    "lora": lora,
     "distillation_loss": distillation_loss,
     "deformable_attention": deformable_attention,
     "models": models,

@@ -3,7 +3,6 @@
 Shapes: N rows (all leading dimensions), I input and O output features, r rank, D = O / 3 for a fused qkv.
 """
 
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ def lora_linear(
     x, weight, bias, a, b = cast_to_compute_dtype(weight, x, weight, bias, a, b)
     if choose("lora_linear", x, weight, bias, a, b) == "reference":
         return lora_linear_reference(x, weight, bias, a, b, scale)
-    return _lora_forward(x, weight, bias, a, [b], [0], scale)[0]
+    return _lora_forward(x, weight, bias, [a], [b], [0], scale, _needs_xa(b))[0]
 
 
 def lora_qkv(
@@ -61,7 +60,8 @@ def lora_qkv(
     if choose("lora_qkv", x, weight, bias, a_q, b_q, a_v, b_v) == "reference":
         return lora_qkv_reference(x, weight, bias, a_q, b_q, a_v, b_v, scale)
     first_v = 2 * (weight.shape[0] // 3)
-    return _lora_forward(x, weight, bias, torch.cat([a_q, a_v]), [b_q, b_v], [0, first_v], scale)[0]
+    needs_xa = _needs_xa(b_q, b_v)
+    return _lora_forward(x, weight, bias, [a_q, a_v], [b_q, b_v], [0, first_v], scale, needs_xa)[0]
 
 
 def lora_linear_reference(
@@ -86,6 +86,11 @@ def lora_qkv_reference(
     q = q + scale * F.linear(F.linear(x, a_q), b_q)
     v = v + scale * F.linear(F.linear(x, a_v), b_v)
     return torch.cat([q, k, v], dim=-1)
+
+
+def _needs_xa(*b: Tensor) -> bool:
+    """Nobody reads x Aᵀ but the gradients of B."""
+    return torch.is_grad_enabled() and any(b_i.requires_grad for b_i in b)
 
 
 def _check(
@@ -120,85 +125,77 @@ def _check(
 
 
 # ---------------------------------------------------------------- registration
-# One private operator serves both: `a` stacks the A matrices, `b` lists the B matrices, and `columns` says
-# at which output column each B's product is added. The large product is rskernels::linear_forward, so it is
-# whatever serves `linear`, and with B = 0 its result stays as it is.
+# One private operator serves both: `a` and `b` list the matrices of the updates, and `columns` says at which
+# output column each update starts. The large product is rskernels::linear_forward, so it is whatever serves
+# `linear`. It also returns x Aᵀ (..., sum of ranks) for the gradients of B, in float32 for half precision,
+# or an empty tensor without keep_xa. docs/kernels/lora.md has the formulas.
+
+
+def _xa_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    a: Tensor,
+    a: list[Tensor],
     b: list[Tensor],
     columns: list[int],
     scale: float,
+    keep_xa: bool,
 ) -> tuple[Tensor, Tensor]:
-    linear_forward = torch.ops.rskernels.linear_forward
-    out = linear_forward(x, weight, bias, "none", False)[0]
-    xa = linear_forward(x, a, None, "none", False)[0]
-    out_rows, xa_rows = out.reshape(-1, out.shape[-1]), xa.reshape(-1, xa.shape[-1])
-    first = 0
-    for b_i, column in zip(b, columns, strict=True):
-        rank = b_i.shape[1]
-        out_rows[:, column : column + b_i.shape[0]].addmm_(
-            xa_rows[:, first : first + rank], b_i.T, alpha=scale
-        )
-        first += rank
-    return out, xa
+    out = torch.ops.rskernels.linear_forward(x, weight, bias, "none", False)[0]
+    products = [F.linear(x, a_i) for a_i in a]
+    for xa, b_i, column in zip(products, b, columns, strict=True):
+        out.narrow(-1, column, b_i.shape[0]).add_(F.linear(xa, b_i), alpha=scale)
+    xa_dtype = _xa_dtype(x.dtype)
+    return out, torch.cat(products, -1).to(xa_dtype) if keep_xa else x.new_empty(0, dtype=xa_dtype)
 
 
 def _forward_fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    a: Tensor,
+    a: list[Tensor],
     b: list[Tensor],
     columns: list[int],
     scale: float,
+    keep_xa: bool,
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((*x.shape[:-1], a.shape[0]))
+    rows = x.shape[:-1]
+    xa_shape = (*rows, sum(a_i.shape[0] for a_i in a)) if keep_xa else (0,)
+    return x.new_empty((*rows, weight.shape[0])), x.new_empty(xa_shape, dtype=_xa_dtype(x.dtype))
 
 
 def _backward_products(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    a: Tensor,
+    a: list[Tensor],
     b: list[Tensor],
     xa: Tensor,
     columns: list[int],
     scale: float,
     mask: list[bool],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """dx = dy W + g A, dA = gᵀ x, dB = scale·dyᵀ (x Aᵀ), where g = scale·dy B.
-
-    The orders of the thin products are measured: dy B as one product with all B matrices in one (O, sum of
-    ranks) matrix, zero elsewhere, because the gradient is then read as it lies in memory; dBᵀ, not dB.
-    """
-    linear_forward, linear_backward = torch.ops.rskernels.linear_forward, torch.ops.rskernels.linear_backward
-    empty = grad.new_empty(0)
-    dx, da, db = empty, empty.clone(), [grad.new_empty(0) for _ in b]
-    grad = grad.contiguous()
-    ends = list(accumulate(b_i.shape[1] for b_i in b))
-    places = [
-        (slice(column, column + b_i.shape[0]), slice(end - b_i.shape[1], end))
-        for b_i, column, end in zip(b, columns, ends, strict=True)
-    ]
-    wide_b = grad.new_zeros(weight.shape[0], a.shape[0])
-    for b_i, place in zip(b, places, strict=True):
-        wide_b[place] = b_i
-    if mask[0] or mask[1]:
-        g = linear_forward(grad, wide_b.T.contiguous(), None, "none", False)[0].mul_(scale)
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """dx = dy W + g A, dA = gᵀ x, dB = scale·dyᵀ (x Aᵀ), where g = scale·dy B."""
+    dx = (grad @ weight).contiguous() if mask[0] else grad.new_empty(0)
+    x_rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    da, db = [], []
+    first = 0
+    for a_i, b_i, column in zip(a, b, columns, strict=True):
+        part = grad_rows.narrow(-1, column, b_i.shape[0])
+        g = scale * part @ b_i
         if mask[0]:
-            dx = linear_backward(grad, x, weight, empty, "none", [True, False, False])[0]
-            dx.view(-1, dx.shape[-1]).addmm_(g.view(-1, g.shape[-1]), a)
-        if mask[1]:
-            da = linear_backward(g, x, a, empty, "none", [False, True, False])[1]
-    if mask[2]:
-        grad_rows, xa_rows = grad.view(-1, grad.shape[-1]), xa.view(-1, xa.shape[-1])
-        products = [xa_rows[:, ranks].T @ grad_rows[:, columns] for columns, ranks in places]
-        db = [product.T.mul(scale).contiguous() for product in products]
+            dx.add_((g @ a_i).view(dx.shape))
+        da.append(g.T @ x_rows if mask[1] else grad.new_empty(0))
+        if mask[2]:
+            xa_rows = xa.reshape(-1, xa.shape[-1]).narrow(-1, first, b_i.shape[1])
+            db.append((scale * part.T @ xa_rows.to(part.dtype)).contiguous())
+        else:
+            db.append(grad.new_empty(0))
+        first += b_i.shape[1]
     return dx, da, db
 
 
@@ -206,55 +203,60 @@ def _backward_fake(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
-    a: Tensor,
+    a: list[Tensor],
     b: list[Tensor],
     xa: Tensor,
     columns: list[int],
     scale: float,
     mask: list[bool],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     def like(tensor: Tensor, wanted: bool) -> Tensor:
         return grad.new_empty(tensor.shape if wanted else (0,))
 
-    return like(x, mask[0]), like(a, mask[1]), [like(b_i, mask[2]) for b_i in b]
+    return like(x, mask[0]), [like(a_i, mask[1]) for a_i in a], [like(b_i, mask[2]) for b_i in b]
 
 
 _lora_forward = define(
-    "lora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor[] b, int[] columns, float scale)"
-    " -> (Tensor, Tensor)",
+    "lora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] a, Tensor[] b, int[] columns, float scale,"
+    " bool keep_xa) -> (Tensor, Tensor)",
     reference=_forward,
     fake=_forward_fake,
 )
 _lora_backward = define(
-    "lora_backward(Tensor grad, Tensor x, Tensor weight, Tensor a, Tensor[] b, Tensor xa, int[] columns,"
-    " float scale, bool[3] mask) -> (Tensor, Tensor, Tensor[])",
+    "lora_backward(Tensor grad, Tensor x, Tensor weight, Tensor[] a, Tensor[] b, Tensor xa, int[] columns,"
+    " float scale, bool[3] mask) -> (Tensor, Tensor[], Tensor[])",
     reference=_backward_products,
     fake=_backward_fake,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, a, b, columns, scale = inputs
+    x, weight, bias, a, b, columns, scale, keep_xa = inputs
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("lora_forward: weight and bias are frozen, but one requires grad")
     ctx.set_materialize_grads(False)
-    ctx.columns, ctx.scale, ctx.ranks = columns, scale, len(b)
-    ctx.wants_b = any(b_i.requires_grad for b_i in b)
-    ctx.save_for_backward(x, weight, a, output[1], *b)
+    ctx.columns, ctx.scale, ctx.parts = columns, scale, len(b)
+    ctx.mask = [x.requires_grad, any(t.requires_grad for t in a), any(t.requires_grad for t in b)]
+    if ctx.mask[2] and not keep_xa:
+        raise ValueError("lora_forward: keep_xa=False drops the x Aᵀ that the gradients of b need")
+    ctx.save_for_backward(x, weight, output[1], *a, *b)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    nothing = [None] * ctx.parts
     if grad is None:
-        return None, None, None, None, [None] * ctx.ranks, None, None
-    x, weight, a, xa, *b = ctx.saved_tensors
-    mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.wants_b]
-    dx, da, db = _lora_backward(grad, x, weight, a, b, xa, ctx.columns, ctx.scale, mask)
+        return None, None, None, nothing, nothing, None, None, None
+    x, weight, xa, *factors = ctx.saved_tensors
+    a, b = factors[: ctx.parts], factors[ctx.parts :]
+    dx, da, db = _lora_backward(grad, x, weight, a, b, xa, ctx.columns, ctx.scale, ctx.mask)
+    wants_x, wants_a, wants_b = ctx.mask
     return (
-        dx if mask[0] else None,
+        dx if wants_x else None,
         None,
         None,
-        da if mask[1] else None,
-        list(db) if mask[2] else [None] * ctx.ranks,
+        list(da) if wants_a else nothing,
+        list(db) if wants_b else nothing,
+        None,
         None,
         None,
     )
