@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from benchmarks import linear, models, rel_pos_attention
+from benchmarks import dilated_aspp, linear, models, rel_pos_attention
 
 SUITES: dict[str, ModuleType] = {
     "rel_pos_attention": rel_pos_attention,
     "linear": linear,
+    "dilated_aspp": dilated_aspp,
     "models": models,
 }

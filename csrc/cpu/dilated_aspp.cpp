@@ -85,7 +85,12 @@ template <typename Io, typename Tile>
 class Forward {
  public:
   Forward(const Call& call, const Prepared<Io, Tile>& prepared, const Patches& patches)
-      : call_(call), prepared_(prepared), patches_(patches), out_(dense_map<Io>(call.out)), kept_(dense_map<Io>(call.kept)), simd_(aspp_kernels<Io, Tile>()) {
+      : call_(call),
+        prepared_(prepared),
+        patches_(patches),
+        out_(dense_map<Io>(call.out)),
+        kept_(dense_map<Io>(call.kept)),
+        simd_(aspp_kernels<Io, Tile>()) {
     sums_ = scratch_.take<float>(patches.largest() * kOutputTile);
     if (call.projection_weight.has_value()) {
       concatenated_ = scratch_.take<Tile>(patches.largest() * depth<Tile>(prepared.channels));
@@ -118,8 +123,8 @@ class Forward {
  private:
   void convolve(const Patch& patch, size_t branch, int64_t tile) {
     const auto& weights = prepared_.weights[branch];
-    add_taps(prepared_.map(branch), weights, tile, call_.dilations[branch], patches_.height, patches_.width, patch,
-        sums_, true);
+    add_taps(prepared_.map(branch), weights, tile, call_.dilations[branch], patches_.height, patches_.width,
+        patch, sums_, true);
     const int64_t channel = prepared_.first_channel[branch] + weights.outputs.begin(tile);
     Finish finish{patch.pixels(), weights.outputs.length(tile), weights.columns(tile), prepared_.channels,
         prepared_.channels, call_.gain.defined() ? call_.gain.const_data_ptr<float>() + channel : nullptr,
@@ -154,8 +159,8 @@ class Forward {
   void write(const Patch& patch, Finish finish, int64_t channel, bool keep) {
     finish.pixels = patch.columns;
     for (int64_t y = 0; y < patch.rows; ++y) {
-      simd_.finish_values(finish, sums_ + y * patch.columns * finish.sums_stride, row_of(out_, patch, y, channel),
-          keep ? row_of(kept_, patch, y, channel) : nullptr);
+      simd_.finish_values(finish, sums_ + y * patch.columns * finish.sums_stride,
+          row_of(out_, patch, y, channel), keep ? row_of(kept_, patch, y, channel) : nullptr);
     }
   }
 

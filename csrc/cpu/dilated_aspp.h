@@ -33,10 +33,11 @@ Activation activation_named(std::string_view name);
 // Vector passes, chosen by instruction set (dilated_aspp_simd.h).
 template <typename Io, typename Tile>
 struct AsppKernels {
-  void (*image_to_rows)(const Io* from, int64_t channels, int64_t plane, int64_t pixels, Tile* to, int64_t stride);
+  void (*image_to_rows)(
+      const Io* from, int64_t channels, int64_t plane, int64_t pixels, Tile* to, int64_t stride);
   void (*copy_row)(const Io* from, Tile* to, int64_t n);
-  void (*pack_taps)(const struct TapSource& source, const Io* from, const Io* end, Tile* to, int64_t to_k,
-      int64_t to_tap);
+  void (*pack_taps)(
+      const struct TapSource& source, const Io* from, const Io* end, Tile* to, int64_t to_k, int64_t to_tap);
   void (*finish_values)(const struct Finish& finish, const float* sums, Io* out, Io* kept);
   void (*finish_operand)(const struct Finish& finish, const float* sums, Tile* out, Io* kept);
   void (*transpose_left)(
@@ -202,7 +203,8 @@ struct Patches {
 // Patches of kPatchPixels, smaller ones where there would be too few tasks for the threads.
 inline Patches patches_for(int64_t batch, int64_t height, int64_t width, int64_t tasks_per_patch) {
   int64_t pixels = kPatchPixels;
-  while (pixels > 64 && Patches(batch, height, width, pixels).count * tasks_per_patch < 4 * at::get_num_threads()) {
+  while (pixels > 64 &&
+         Patches(batch, height, width, pixels).count * tasks_per_patch < 4 * at::get_num_threads()) {
     pixels /= 2;
   }
   return Patches(batch, height, width, pixels);

@@ -58,7 +58,8 @@ class InputGradients {
     const Patch patch = patches_.at(task % patches_.count);
     int64_t tile = task / patches_.count;
     size_t index = 0;
-    for (; tile >= maps_[index].weights[0].outputs.count; ++index) tile -= maps_[index].weights[0].outputs.count;
+    for (; tile >= maps_[index].weights[0].outputs.count; ++index)
+      tile -= maps_[index].weights[0].outputs.count;
     const InputGradient<Io, Tile>& map = maps_[index];
     const PackedTaps<Tile>& first = map.weights[0];
     for (size_t branch = 0; branch < map.grads.size(); ++branch) {
@@ -67,8 +68,8 @@ class InputGradients {
     }
     const int64_t columns = first.columns(tile);
     const Map<Io> out = dense_map<Io>(map.out);
-    const Finish finish{patch.columns, first.outputs.length(tile), columns, out.pixel_stride, 0, nullptr, zeros_,
-        Activation::none};
+    const Finish finish{patch.columns, first.outputs.length(tile), columns, out.pixel_stride, 0, nullptr,
+        zeros_, Activation::none};
     for (int64_t y = 0; y < patch.rows; ++y) {
       simd_.finish_values(finish, sums_ + y * patch.columns * columns,
           out.at(patch.batch, patch.top + y, patch.left) + first.outputs.begin(tile), nullptr);
@@ -127,7 +128,8 @@ class WeightGradients {
       for (int64_t y = top; y < bottom; ++y) {
         for (int64_t x = left; x < right; ++x) {
           std::copy_n(branch.grad->at(b, y, x) + first_output, outputs_, grad_rows_ + gathered * kOutputTile);
-          std::copy_n(branch.input->at(b, y + dy, x + dx) + first_input, inputs_, input_rows_ + gathered * columns_);
+          std::copy_n(
+              branch.input->at(b, y + dy, x + dx) + first_input, inputs_, input_rows_ + gathered * columns_);
           if (++gathered == kGatheredPixels) {
             add(gathered);
             gathered = 0;
@@ -177,7 +179,9 @@ struct Wanted {
     projection_weight = mask[feature_count + branches + 1];
     projection_bias = mask[feature_count + branches + 2];
   }
-  static bool any(const std::vector<bool>& list) { return std::find(list.begin(), list.end(), true) != list.end(); }
+  static bool any(const std::vector<bool>& list) {
+    return std::find(list.begin(), list.end(), true) != list.end();
+  }
   bool convolution() const { return bias || any(features) || any(weights); }
 };
 
@@ -206,14 +210,13 @@ void input_gradients(const std::vector<OwnedMap<const Tile>>& grads, const std::
   }
   const Patches patches = patches_for(geometry.batch, geometry.height, geometry.width, tiles);
   const std::vector<float> zeros(kOutputTile + kVector);
-  run_tasks(patches.count * tiles, 1,
-      [&] { return InputGradients<Io, Tile>(maps, patches, zeros.data()); });
+  run_tasks(patches.count * tiles, 1, [&] { return InputGradients<Io, Tile>(maps, patches, zeros.data()); });
 }
 
 template <typename Io, typename Tile>
 void weight_gradients(const std::vector<OwnedMap<const Tile>>& grads, const std::vector<Tensor>& features,
-    const std::vector<Tensor>& weights, at::IntArrayRef dilations, const Geometry& geometry, const Wanted& wanted,
-    std::vector<Tensor>& results) {
+    const std::vector<Tensor>& weights, at::IntArrayRef dilations, const Geometry& geometry,
+    const Wanted& wanted, std::vector<Tensor>& results) {
   std::vector<OwnedMap<const Tile>> inputs(features.size());
   const bool shared = features.size() == 1;
   for (size_t f = 0; f < features.size(); ++f) {
@@ -300,9 +303,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> dil
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
   const Wanted wanted(mask, features.size(), weights.size());
   const Activation activation = activation_named(activation_name);
-  const Tensor nothing = at::empty({0}, grad.options());
-  Gradients results{std::vector<Tensor>(features.size(), nothing), std::vector<Tensor>(weights.size(), nothing)};
-  Tensor bias = nothing, projection = nothing, projection_bias = nothing;
+  const auto nothing = [&] { return at::empty({0}, grad.options()); }; // outputs must not share memory
+  Gradients results;
+  for (size_t i = 0; i < features.size(); ++i) results.features.push_back(nothing());
+  for (size_t i = 0; i < weights.size(); ++i) results.weights.push_back(nothing());
+  Tensor bias = nothing(), projection = nothing(), projection_bias = nothing();
   int64_t channels = 0;
   for (const Tensor& weight : weights) channels += weight.size(0);
   if (grad.numel() == 0) {
@@ -321,18 +326,22 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> dil
   if (projection_weight.has_value()) {
     const Tensor& weight = *projection_weight;
     // Only sizes of `activated` are read where no weight gradient is wanted.
-    const Tensor activated = wanted.projection_weight
-                                 ? activate(kept, activation)
-                                 : at::empty({grad.size(0), grad.size(2), grad.size(3), channels}, grad.options());
+    const Tensor activated =
+        wanted.projection_weight
+            ? activate(kept, activation)
+            : at::empty({grad.size(0), grad.size(2), grad.size(3), channels}, grad.options());
     // A 1x1 kernel has no dilation to speak of; saying 2 makes PyTorch take oneDNN with one thread, too.
     const auto gradients = at::convolution_backward(as_image(rows), as_image(activated),
         weight.contiguous().view({weight.size(0), channels, 1, 1}), at::OptionalIntArrayRef(), {1, 1}, {0, 0},
         {2, 2}, false, {0, 0}, 1, {wanted.convolution(), wanted.projection_weight, false});
     if (wanted.projection_bias) projection_bias = at::sum(rows, at::IntArrayRef({0, 1, 2}));
-    if (wanted.projection_weight) projection = std::get<1>(gradients).reshape({weight.size(0), channels}).contiguous();
+    if (wanted.projection_weight)
+      projection = std::get<1>(gradients).reshape({weight.size(0), channels}).contiguous();
     if (wanted.convolution()) {
-      rows = std::get<0>(gradients).permute({0, 2, 3, 1}).contiguous().view(
-          {grad.size(0), grad.size(2), grad.size(3), channels});
+      rows = std::get<0>(gradients)
+                 .permute({0, 2, 3, 1})
+                 .contiguous()
+                 .view({grad.size(0), grad.size(2), grad.size(3), channels});
     }
   }
   if (wanted.convolution()) {

@@ -51,8 +51,8 @@ RSK_INLINE void load_taps(const TapSource& source, const Io* from, const Io* end
 
 // A vector group of outputs of TapSource into [tap][input][output].
 template <typename Io>
-inline void pack_taps(const TapSource& source, const Io* from, const Io* end, float* to, int64_t to_k,
-    int64_t to_tap) {
+inline void pack_taps(
+    const TapSource& source, const Io* from, const Io* end, float* to, int64_t to_k, int64_t to_tap) {
   for (int64_t k = 0; k < source.inputs; ++k) {
     for (int64_t n = 0; n < 16; n += kLanes) {
       for (int64_t first = 0; first < source.taps; first += kLanes) {
@@ -68,8 +68,8 @@ inline void pack_taps(const TapSource& source, const Io* from, const Io* end, fl
 }
 
 template <typename Io>
-inline void pack_taps(const TapSource& source, const Io* from, const Io* end, c10::BFloat16* to, int64_t to_k,
-    int64_t to_tap) {
+inline void pack_taps(
+    const TapSource& source, const Io* from, const Io* end, c10::BFloat16* to, int64_t to_k, int64_t to_tap) {
   for (int64_t k = 0; k < source.inputs; k += 2) {
     for (int64_t n = 0; n < 16; n += kLanes) {
       for (int64_t first = 0; first < source.taps; first += kLanes) {
@@ -147,8 +147,7 @@ inline void interleave_taps(const float* from, int64_t tap_stride, int64_t chann
     for (int64_t first = 0; first < 9; first += kLanes) {
       VecF square[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
-        square[i] =
-            first + i < 9 ? load_some(from + (first + i) * tap_stride + c, channels - c) : VecF{};
+        square[i] = first + i < 9 ? load_some(from + (first + i) * tap_stride + c, channels - c) : VecF{};
       }
       transpose_square(square);
       for (int64_t i = 0; i < kLanes; ++i) {

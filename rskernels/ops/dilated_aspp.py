@@ -240,10 +240,12 @@ def _backward_reference(
     activation: str,
     mask: list[bool],
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
-    nothing = grad.new_empty(0)
+    def nothing() -> Tensor:  # outputs must not share memory
+        return grad.new_empty(0)
+
     rows = grad.permute(0, 2, 3, 1)
     wants_bias, wants_projection, wants_projection_bias = mask[-3:]
-    d_projection = d_projection_bias = nothing
+    d_projection, d_projection_bias = nothing(), nothing()
     if projection_weight is not None:
         if wants_projection:
             d_projection = rows.flatten(0, 2).T.contiguous() @ _activate(kept, activation).flatten(0, 2)
@@ -256,9 +258,8 @@ def _backward_reference(
         approximate = "tanh" if activation == "gelu_tanh" else "none"
         rows = torch.ops.aten.gelu_backward(rows, kept, approximate=approximate)
     rows = rows if scale is None else rows * scale
-    d_bias = rows.sum((0, 1, 2)) if wants_bias else nothing
-    d_features: list[Tensor] = [nothing] * len(features)
-    d_weights: list[Tensor] = [nothing] * len(weights)
+    d_bias = rows.sum((0, 1, 2)) if wants_bias else nothing()
+    d_features, d_weights = [nothing() for _ in features], [nothing() for _ in weights]
     slices = rows.permute(0, 3, 1, 2).split([len(weight) for weight in weights], 1)
     for i, (part, weight, dilation) in enumerate(zip(slices, weights, dilations, strict=True)):
         f = 0 if len(features) == 1 else i
@@ -268,11 +269,12 @@ def _backward_reference(
             [mask[f], mask[len(features) + i], False],
         )  # fmt: skip
         if mask[f]:
-            d_features[f] = dx if d_features[f] is nothing else d_features[f] + dx
+            d_features[f] = d_features[f] + dx if d_features[f].numel() > 0 else dx
         if mask[len(features) + i]:
             d_weights[i] = dw.contiguous()
     d_features = [
-        d if d is nothing else d.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) for d in d_features
+        d.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if wanted else d
+        for d, wanted in zip(d_features, mask, strict=False)
     ]
     return d_features, d_weights, d_bias, d_projection, d_projection_bias
 
@@ -300,8 +302,7 @@ def _backward_fake(
         for x, wanted in zip(features, mask, strict=False)
     ]
     d_weights = [
-        shaped(wanted, *weight.shape)
-        for weight, wanted in zip(weights, mask[len(features) :], strict=False)
+        shaped(wanted, *weight.shape) for weight, wanted in zip(weights, mask[len(features) :], strict=False)
     ]
     return (
         d_features,
@@ -312,8 +313,8 @@ def _backward_fake(
     )
 
 
-# One feature map serves every branch, or there is one per branch. `bias` is the concatenation of the branches'.
-# `kept` is what enters the activation, (B, h, w, sum(O_i)): for gelu, and for the projection's weight gradient.
+# One feature map serves every branch, or there is one per branch; `bias` is the concatenation of theirs.
+# `kept`, (B, h, w, sum(O_i)), enters the activation: for gelu, and for the projection's weight gradient.
 _dilated_aspp_forward = define(
     "dilated_aspp_forward(Tensor[] features, Tensor[] weights, Tensor? bias, int[] dilations, Tensor? scale,"
     " Tensor? shift, str activation, Tensor? projection_weight, Tensor? projection_bias, bool keep)"
