@@ -18,10 +18,11 @@
 
 namespace rskernels {
 
-// Measured: 256 pixels x 256 outputs of sums and 256 x 256 weights of a tap stay in the second-level cache.
-constexpr int64_t kPatchPixels = 256;
-constexpr int64_t kOutputTile = 256;
-constexpr int64_t kInputTile = 256;
+// Narrow tiles of outputs with many inputs: a panel of weights (256 KiB in fp32) and the sums of a patch (128 KiB)
+// share the second-level cache.
+constexpr int64_t kPatchPixels = 512;
+constexpr int64_t kOutputTile = 64;
+constexpr int64_t kInputTile = 1024;
 constexpr int64_t kTaps = 9;
 // The tap in the middle comes first: no pixel misses it, so it starts the sums.
 constexpr std::array<int64_t, kTaps> kTapOrder = {4, 0, 1, 2, 3, 5, 6, 7, 8};

@@ -30,7 +30,9 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Weight gradients: pixels gathered for one product, and the block of sums, outputs x inputs.
 constexpr int64_t kGatheredPixels = 128;
+constexpr int64_t kGradientTile = 256;
 
 struct Geometry {
   int64_t batch, height, width;
@@ -102,11 +104,11 @@ class WeightGradients {
  public:
   WeightGradients(const std::vector<WeightGradient<Tile>>& branches, const Geometry& geometry)
       : branches_(branches), geometry_(geometry), simd_(aspp_kernels<Io, Tile>()) {
-    grad_rows_ = scratch_.take<Tile>(kGatheredPixels * kOutputTile);
-    input_rows_ = scratch_.take<Tile>(kGatheredPixels * kInputTile);
-    grad_left_ = scratch_.take<Tile>(kGatheredPixels * kOutputTile);
-    input_pairs_ = std::is_same_v<Tile, float> ? nullptr : scratch_.take<Tile>(kGatheredPixels * kInputTile);
-    sums_ = scratch_.take<float>(kOutputTile * kInputTile);
+    grad_rows_ = scratch_.take<Tile>(kGatheredPixels * kGradientTile);
+    input_rows_ = scratch_.take<Tile>(kGatheredPixels * kGradientTile);
+    grad_left_ = scratch_.take<Tile>(kGatheredPixels * kGradientTile);
+    input_pairs_ = std::is_same_v<Tile, float> ? nullptr : scratch_.take<Tile>(kGatheredPixels * kGradientTile);
+    sums_ = scratch_.take<float>(kGradientTile * kGradientTile);
   }
 
   void run(int64_t task) {
@@ -127,7 +129,7 @@ class WeightGradients {
     for (int64_t b = 0; b < geometry_.batch; ++b) {
       for (int64_t y = top; y < bottom; ++y) {
         for (int64_t x = left; x < right; ++x) {
-          std::copy_n(branch.grad->at(b, y, x) + first_output, outputs_, grad_rows_ + gathered * kOutputTile);
+          std::copy_n(branch.grad->at(b, y, x) + first_output, outputs_, grad_rows_ + gathered * kGradientTile);
           std::copy_n(
               branch.input->at(b, y + dy, x + dx) + first_input, inputs_, input_rows_ + gathered * columns_);
           if (++gathered == kGatheredPixels) {
@@ -148,7 +150,7 @@ class WeightGradients {
  private:
   void add(int64_t pixels) {
     if (depth<Tile>(pixels) > pixels) std::fill_n(input_rows_ + pixels * columns_, columns_, Tile(0.0f));
-    simd_.transpose_left(grad_rows_, kOutputTile, pixels, outputs_, grad_left_, kGatheredPixels);
+    simd_.transpose_left(grad_rows_, kGradientTile, pixels, outputs_, grad_left_, kGatheredPixels);
     const Tile* right = simd_.pair_rows(input_rows_, columns_, depth<Tile>(pixels), input_pairs_);
     tile_product(outputs_, columns_, depth<Tile>(pixels), grad_left_, kGatheredPixels, right, columns_, sums_,
         columns_, true);
@@ -229,7 +231,7 @@ void weight_gradients(const std::vector<OwnedMap<const Tile>>& grads, const std:
     if (!wanted.weights[branch]) continue;
     const int64_t outputs = weights[branch].size(0), channels = weights[branch].size(1);
     branches.push_back({&grads[branch], &inputs[shared ? 0 : branch], dilations[branch],
-        Tiling(outputs, kOutputTile), Tiling(channels, kInputTile),
+        Tiling(outputs, kGradientTile), Tiling(channels, kGradientTile),
         at::empty({kTaps, outputs, channels}, options_of<float>(weights[branch]))});
     tasks += branches.back().tasks();
     branch_of.push_back(branch);
