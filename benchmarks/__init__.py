@@ -6,6 +6,7 @@ from types import ModuleType
 
 from benchmarks import (
     deformable_attention,
+    dilated_aspp,
     distillation_loss,
     linear,
     lora,
@@ -19,5 +20,6 @@ SUITES: dict[str, ModuleType] = {
     "lora": lora,
     "distillation_loss": distillation_loss,
     "deformable_attention": deformable_attention,
+    "dilated_aspp": dilated_aspp,
     "models": models,
 }

@@ -33,7 +33,7 @@ TABLE: dict[str, dict[str, dict[torch.dtype, tuple[str, ...]]]] = {
     "lora_qkv": _CPP,
     "cross_attention": {},
     "distillation_loss": _CPP,
-    "dilated_aspp": {},
+    "dilated_aspp": _CPP,
     "deformable_attention": _CPP,
 }
 

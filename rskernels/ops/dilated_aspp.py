@@ -5,13 +5,14 @@ Shapes: B batch, C_i input and O_i output channels of branch i, h/w map, P chann
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rskernels.dispatch import choose
-from rskernels.library import cast_to_compute_dtype
+from rskernels.library import cast_to_compute_dtype, define, differentiate, once_differentiable
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")
 
@@ -38,7 +39,10 @@ def dilated_aspp(
         projection: weight (P, sum(O_i)) and bias (P,) or None of a 1x1 convolution on the concatenation.
     Returns:
         (B, sum(O_i), h, w), or (B, P, h, w) with a projection, in the dtype of the weights, under autocast
-        in autocast's dtype (float64 stays).
+        in autocast's dtype (float64 stays). In channels-last memory where the extension serves, and so are
+        the gradients of the features.
+    float32 and bfloat16 are accelerated on the CPU; the reference serves everything else, and second
+    derivatives.
     Raises:
         ValueError: numbers of branches or shapes that do not fit, unknown activation, scale or shift
             requires grad. TypeError: not floating point.
@@ -46,15 +50,25 @@ def dilated_aspp(
     features = [features] * len(weights) if isinstance(features, Tensor) else list(features)
     _check(features, weights, biases, dilations, scale_shift, activation, projection)
     lead = weights[0]
-    features = cast_to_compute_dtype(lead, *features)
+    shared = all(x is features[0] for x in features)
+    features = cast_to_compute_dtype(lead, *(features[:1] if shared else features))
     weights = cast_to_compute_dtype(lead, *weights)
     biases = cast_to_compute_dtype(lead, *biases)
     scale, shift = cast_to_compute_dtype(lead, *(scale_shift or (None, None)))
     projection_weight, projection_bias = cast_to_compute_dtype(lead, *(projection or (None, None)))
-    choose("dilated_aspp", *features, *weights)
-    return dilated_aspp_reference(
-        features, weights, biases, dilations, scale, shift, activation, projection_weight, projection_bias
-    )
+    tensors = (*features, *weights, *biases, scale, shift, projection_weight, projection_bias)
+    empty = {"cpp": "it takes no empty dimension but the batch"} if _is_empty(features, tensors) else None
+    if choose("dilated_aspp", *tensors, without=empty) == "reference":
+        features = features * len(weights) if shared else features
+        return dilated_aspp_reference(
+            features, weights, biases, dilations, scale, shift, activation, projection_weight, projection_bias
+        )
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    keep = training and (activation in ("gelu", "gelu_tanh") or projection is not None)
+    return _dilated_aspp_forward(
+        features, weights, _concatenated(weights, biases), dilations, scale, shift, activation or "none",
+        projection_weight, projection_bias, keep,
+    )[0]  # fmt: skip
 
 
 def dilated_aspp_reference(
@@ -76,13 +90,31 @@ def dilated_aspp_reference(
     out = torch.cat(branches, dim=1)
     if scale is not None and shift is not None:
         out = out * scale[:, None, None] + shift[:, None, None]
-    if activation == "relu":
-        out = F.relu(out)
-    elif activation is not None:
-        out = F.gelu(out, approximate="tanh" if activation == "gelu_tanh" else "none")
+    out = _activate(out, activation or "none")
     if projection_weight is not None:
         out = F.conv2d(out, projection_weight[:, :, None, None], projection_bias)
     return out
+
+
+def _activate(pre: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return F.relu(pre)
+    if activation == "none":
+        return pre
+    return F.gelu(pre, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def _concatenated(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
+    """One vector in the order of the concatenation, zeros where a branch has no bias."""
+    if all(bias is None for bias in biases):
+        return None
+    pairs = zip(weights, biases, strict=True)
+    return torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs])
+
+
+def _is_empty(features: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
+    operands = [t for t in tensors[len(features) :] if t is not None]
+    return any(0 in x.shape[1:] for x in features) or any(0 in t.shape for t in operands)
 
 
 def _check(
@@ -148,3 +180,194 @@ def _check(
             raise TypeError(f"dilated_aspp: {name} is {value.dtype}; expected a floating-point tensor")
         if value is not None and value.device != first.device:
             raise ValueError(f"dilated_aspp: {name} is on {value.device}, features[0] on {first.device}")
+
+
+# ---------------------------------------------------------------- registration
+
+
+def _forward_reference(
+    features: list[Tensor],
+    weights: list[Tensor],
+    bias: Tensor | None,
+    dilations: list[int],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    projection_weight: Tensor | None,
+    projection_bias: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    repeated = features * len(weights) if len(features) == 1 else features
+    biases = [None] * len(weights) if bias is None else bias.split([len(weight) for weight in weights])
+    pre = dilated_aspp_reference(
+        repeated, weights, biases, dilations, scale, shift, None, None, None
+    ).permute(0, 2, 3, 1).contiguous()  # fmt: skip
+    out = _activate(pre, activation)
+    if projection_weight is not None:
+        out = F.linear(out, projection_weight, projection_bias)
+    out = out.clone() if out is pre else out
+    return out.permute(0, 3, 1, 2), pre if keep else pre.new_empty(0)
+
+
+def _forward_fake(
+    features: list[Tensor],
+    weights: list[Tensor],
+    bias: Tensor | None,
+    dilations: list[int],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    projection_weight: Tensor | None,
+    projection_bias: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    x = features[0]
+    batch, height, width = x.shape[0], x.shape[2], x.shape[3]
+    channels = sum(weight.shape[0] for weight in weights)
+    outputs = channels if projection_weight is None else projection_weight.shape[0]
+    out = x.new_empty((batch, height, width, outputs)).permute(0, 3, 1, 2)
+    return out, x.new_empty((batch, height, width, channels) if keep else (0,))
+
+
+def _backward_reference(
+    grad: Tensor,
+    features: list[Tensor],
+    weights: list[Tensor],
+    kept: Tensor,
+    scale: Tensor | None,
+    projection_weight: Tensor | None,
+    dilations: list[int],
+    activation: str,
+    mask: list[bool],
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+    def nothing() -> Tensor:  # outputs must not share memory
+        return grad.new_empty(0)
+
+    rows = grad.permute(0, 2, 3, 1)
+    wants_bias, wants_projection, wants_projection_bias = mask[-3:]
+    d_projection, d_projection_bias = nothing(), nothing()
+    if projection_weight is not None:
+        if wants_projection:
+            d_projection = rows.flatten(0, 2).T.contiguous() @ _activate(kept, activation).flatten(0, 2)
+        if wants_projection_bias:
+            d_projection_bias = rows.sum((0, 1, 2))
+        rows = rows @ projection_weight
+    if activation == "relu":
+        rows = torch.ops.aten.threshold_backward(rows, kept, 0)
+    elif activation != "none":
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        rows = torch.ops.aten.gelu_backward(rows, kept, approximate=approximate)
+    rows = rows if scale is None else rows * scale
+    d_bias = rows.sum((0, 1, 2)) if wants_bias else nothing()
+    d_features, d_weights = [nothing() for _ in features], [nothing() for _ in weights]
+    slices = rows.permute(0, 3, 1, 2).split([len(weight) for weight in weights], 1)
+    for i, (part, weight, dilation) in enumerate(zip(slices, weights, dilations, strict=True)):
+        f = 0 if len(features) == 1 else i
+        padding = [dilation, dilation]
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            part.contiguous(), features[f], weight, None, [1, 1], padding, padding, False, [0, 0], 1,
+            [mask[f], mask[len(features) + i], False],
+        )  # fmt: skip
+        if mask[f]:
+            d_features[f] = d_features[f] + dx if d_features[f].numel() > 0 else dx
+        if mask[len(features) + i]:
+            d_weights[i] = dw.contiguous()
+    d_features = [
+        d.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if wanted else d
+        for d, wanted in zip(d_features, mask, strict=False)
+    ]
+    return d_features, d_weights, d_bias, d_projection, d_projection_bias
+
+
+def _backward_fake(
+    grad: Tensor,
+    features: list[Tensor],
+    weights: list[Tensor],
+    kept: Tensor,
+    scale: Tensor | None,
+    projection_weight: Tensor | None,
+    dilations: list[int],
+    activation: str,
+    mask: list[bool],
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+    def shaped(wanted: bool, *shape: Any) -> Tensor:
+        return grad.new_empty(shape if wanted else (0,))
+
+    channels = sum(weight.shape[0] for weight in weights)
+    outputs = grad.shape[1]
+    d_features = [
+        shaped(True, x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
+        if wanted
+        else grad.new_empty(0)
+        for x, wanted in zip(features, mask, strict=False)
+    ]
+    d_weights = [
+        shaped(wanted, *weight.shape) for weight, wanted in zip(weights, mask[len(features) :], strict=False)
+    ]
+    return (
+        d_features,
+        d_weights,
+        shaped(mask[-3], channels),
+        shaped(mask[-2], outputs, channels),
+        shaped(mask[-1], outputs),
+    )
+
+
+# One feature map serves every branch, or there is one per branch; `bias` is the concatenation of theirs.
+# `kept`, (B, h, w, sum(O_i)), enters the activation: for gelu, and for the projection's weight gradient.
+_dilated_aspp_forward = define(
+    "dilated_aspp_forward(Tensor[] features, Tensor[] weights, Tensor? bias, int[] dilations, Tensor? scale,"
+    " Tensor? shift, str activation, Tensor? projection_weight, Tensor? projection_bias, bool keep)"
+    " -> (Tensor, Tensor)",
+    reference=_forward_reference,
+    fake=_forward_fake,
+)
+# mask: one for each feature map, one for each branch's weight, bias, projection weight and bias.
+_dilated_aspp_backward = define(
+    "dilated_aspp_backward(Tensor grad, Tensor[] features, Tensor[] weights, Tensor kept, Tensor? scale,"
+    " Tensor? projection_weight, int[] dilations, str activation, bool[] mask)"
+    " -> (Tensor[], Tensor[], Tensor, Tensor, Tensor)",
+    reference=_backward_reference,
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, weights, _, dilations, scale, _, activation, projection_weight, _, keep = inputs
+    out, kept = output
+    if not keep and (projection_weight is not None or activation in ("gelu", "gelu_tanh")):
+        raise ValueError("dilated_aspp_forward: keep=False drops the pre-activation that backward needs")
+    ctx.set_materialize_grads(False)
+    ctx.dilations, ctx.activation, ctx.counts = dilations, activation, (len(features), len(weights))
+    # relu's gradient reads its output as well as its input.
+    ctx.saved_output = activation == "relu" and not keep
+    saved = out if ctx.saved_output else kept
+    ctx.save_for_backward(*features, *weights, saved, scale, projection_weight)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 10
+    f, n = ctx.counts
+    tensors = ctx.saved_tensors
+    features, weights = list(tensors[:f]), list(tensors[f : f + n])
+    saved, scale, projection_weight = tensors[f + n :]
+    kept = saved.permute(0, 2, 3, 1) if ctx.saved_output else saved
+    needs = ctx.needs_input_grad
+    mask = [*needs[0], *needs[1], needs[2], needs[7], needs[8]]
+    gradients = _dilated_aspp_backward(
+        grad, features, weights, kept, scale, projection_weight, ctx.dilations, ctx.activation, mask
+    )
+
+    def wanted(found: list[Tensor], flags: Sequence[bool]) -> list[Tensor | None]:
+        return [d if flag else None for d, flag in zip(found, flags, strict=True)]
+
+    d_bias, d_projection, d_projection_bias = wanted(gradients[2:], mask[-3:])
+    return (
+        wanted(gradients[0], needs[0]), wanted(gradients[1], needs[1]), d_bias, None, None, None, None,
+        d_projection, d_projection_bias, None,
+    )  # fmt: skip
+
+
+differentiate("dilated_aspp_forward", _backward, _setup_context)
+once_differentiable("dilated_aspp_backward")

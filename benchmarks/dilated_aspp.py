@@ -1,0 +1,124 @@
+"""Dilated pyramids (ASPP, the masked-image head) against eager and compiled PyTorch in both layouts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rskernels
+from benchmarks.measure import PASSES, Call, Case, call_of
+
+DILATIONS = (1, 6, 12, 18)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Four branches of `outputs` channels: on four features of these channels, or on one that all share."""
+
+    name: str
+    batch: int
+    inputs: tuple[int, ...]
+    size: int
+    outputs: int = 256
+    projection: int = 0
+
+    def flops(self) -> float:
+        """Of the whole convolutions: products with the zero padding count, although nobody need make them."""
+        pixels = self.batch * self.size**2
+        channels = sum(self.inputs) * (4 // len(self.inputs))
+        return 2.0 * pixels * self.outputs * (9 * channels + 4 * self.projection)
+
+
+SHAPES = [
+    Shape("head 256-1024, 32x32, projected", 2, (256, 512, 1024, 1024), 32, projection=256),
+    Shape("head 256, 64x64, projected", 2, (256,) * 4, 64, projection=256),
+    Shape("ASPP 2048, 32x32", 1, (2048,), 32),
+    Shape("ASPP 256, 64x64", 1, (256,), 64),
+    Shape("ASPP 256, 128x128", 1, (256,), 128),
+]
+
+
+def _composed(layout: torch.memory_format, activation: str, features: int, *tensors: Tensor) -> Tensor:
+    """Convolutions, concatenation, folded norm, activation, projection, as a user writes them."""
+    xs, weights, biases = (
+        tensors[:features],
+        tensors[features : features + 4],
+        tensors[features + 4 : features + 8],
+    )
+    scale, shift, *projection = tensors[features + 8 :]
+    xs = xs * 4 if features == 1 else xs
+    branches = [
+        F.conv2d(x, weight, bias, padding=d, dilation=d)
+        for x, weight, bias, d in zip(xs, weights, biases, DILATIONS, strict=True)
+    ]
+    out = torch.cat(branches, 1) * scale[:, None, None] + shift[:, None, None]
+    out = F.gelu(out) if activation == "gelu" else F.relu(out)
+    if projection:
+        out = F.conv2d(out, projection[0][:, :, None, None].contiguous(memory_format=layout), projection[1])
+    return out
+
+
+def _ours(activation: str, features: int, *tensors: Tensor) -> Tensor:
+    weights, biases = tensors[features : features + 4], tensors[features + 4 : features + 8]
+    scale, shift, *projection = tensors[features + 8 :]
+    return rskernels.dilated_aspp(
+        tensors[0] if features == 1 else tensors[:features], weights, biases, dilations=DILATIONS,
+        scale_shift=(scale, shift), activation=activation, projection=tuple(projection) or None,
+    )  # fmt: skip
+
+
+def build(
+    shape: Shape, activation: str, dtype: torch.dtype, which: str, compiled: bool = True
+) -> dict[str, Call]:
+    generator = torch.Generator().manual_seed(0)
+    channels, train = 4 * shape.outputs, which != "forward"
+
+    def random(*size: int, gain: float = 1.0) -> Tensor:
+        return (torch.randn(*size, generator=generator) * gain).to(dtype)
+
+    inputs = shape.inputs * 4 if len(shape.inputs) == 1 else shape.inputs
+    features = [random(shape.batch, c, shape.size, shape.size) for c in shape.inputs]
+    weights = [random(shape.outputs, c, 3, 3, gain=(9 * c) ** -0.5) for c in inputs]
+    vectors = [random(shape.outputs) for _ in range(4)]
+    folded = [1 + random(channels, gain=0.1), random(channels)]
+    last = [random(shape.projection, channels, gain=channels**-0.5), random(shape.projection)]
+    grad = random(shape.batch, shape.projection or channels, shape.size, shape.size)
+
+    def inputs_in(layout: torch.memory_format) -> list[Tensor]:
+        """Leaves; the folded norm gets no gradient."""
+        maps = [t.clone(memory_format=layout).requires_grad_(train) for t in (*features, *weights)]
+        rest = [t.clone().requires_grad_(train) for t in (*vectors, *(last if shape.projection else ()))]
+        return [*maps, *rest[:4], *folded, *rest[4:]]
+
+    count = len(shape.inputs)
+    ours = partial(_ours, activation, count)
+    calls = {}
+    for name, layout in (("channels last", torch.channels_last), ("eager", torch.contiguous_format)):
+        tensors, out_grad = inputs_in(layout), grad.contiguous(memory_format=layout)
+        calls["rskernels" if name == "channels last" else "rskernels, NCHW"] = call_of(
+            which, ours, tensors, out_grad
+        )
+        peer = partial(_composed, layout, activation, count)
+        calls[name] = call_of(which, peer, tensors, out_grad)
+        if compiled:
+            torch._dynamo.reset()
+            calls[f"compiled, {name}"] = call_of(which, torch.compile(peer, dynamic=False), tensors, out_grad)
+    return calls
+
+
+def cases() -> list[Case]:
+    return [
+        Case(
+            name=f"{which}, {shape.name}, {activation}, {str(dtype)[6:]}",
+            build=partial(build, shape, activation, dtype, which),
+            dtype=dtype,
+            flops=shape.flops() * {"forward": 1, "backward": 2, "both": 3}[which],
+        )
+        for which in PASSES
+        for shape, activation in zip(SHAPES, ("gelu", "gelu", "relu", "relu", "relu"), strict=True)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]

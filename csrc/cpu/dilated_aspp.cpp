@@ -1,0 +1,227 @@
+// dilated_aspp on the CPU: the forward pass. Meaning and formulas: rskernels/ops/dilated_aspp.py.
+//
+// For each patch of pixels and each branch, nine taps add their products (pixels x C)(C x O) to a block of fp32
+// sums, each clipped to the pixels whose input lies inside the map; then bias, scale, shift and activation on the
+// way to the branch's slice of the concatenation. With a projection the slices of one patch stay in a thread's
+// buffer and go straight into its product.
+#include <ATen/ops/addcmul.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "dilated_aspp.h"
+
+#define RSK_SIMD_FILE "dilated_aspp_simd.h"
+#include "foreach_isa.h"
+
+namespace rskernels {
+
+template <typename Io, typename Tile>
+const AsppKernels<Io, Tile>& aspp_kernels() {
+  return RSK_AT_ISA_LEVEL(kAsppKernels<Io, Tile>);
+}
+template const AsppKernels<float, float>& aspp_kernels();
+template const AsppKernels<at::BFloat16, float>& aspp_kernels();
+template const AsppKernels<at::BFloat16, at::BFloat16>& aspp_kernels();
+
+Activation activation_named(std::string_view name) {
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  return name == "relu" ? Activation::relu : Activation::none;
+}
+
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// Vectors may run over the end.
+at::Tensor padded_floats(const at::Tensor& values) {
+  at::Tensor padded = at::zeros({values.numel() + kVector}, values.options().dtype(at::kFloat));
+  padded.narrow(0, 0, values.numel()).copy_(values);
+  return padded;
+}
+
+struct Call {
+  const std::vector<at::Tensor>&features, &weights;
+  std::vector<int64_t> dilations;
+  at::Tensor gain, offset; // of the concatenation; gain undefined without a scale
+  Activation activation;
+  OptionalTensor projection_weight;
+  at::Tensor projection_offset;
+  at::Tensor out, kept; // kept undefined where nobody wants it
+};
+
+template <typename Io, typename Tile>
+struct Prepared {
+  std::vector<OwnedMap<const Tile>> maps;
+  std::vector<PackedTaps<Tile>> weights;
+  std::vector<int64_t> first_channel; // of a branch in the concatenation
+  PackedTaps<Tile> projection;
+  int64_t channels = 0;
+
+  explicit Prepared(const Call& call) {
+    for (const at::Tensor& x : call.features) maps.push_back(operand_map<Io, Tile>(x));
+    for (const at::Tensor& weight_ : call.weights) {
+      const at::Tensor weight = weight_.contiguous();
+      const int64_t outputs = weight.size(0), inputs = weight.size(1);
+      weights.push_back(pack<Io, Tile>(weight, static_cast<const Io*>(weight.const_data_ptr()),
+          {inputs, outputs, kTaps, kTaps * inputs, kTaps, false}));
+      first_channel.push_back(channels);
+      channels += outputs;
+    }
+    if (call.projection_weight.has_value()) {
+      const at::Tensor weight = call.projection_weight->contiguous();
+      projection = pack<Io, Tile>(weight, static_cast<const Io*>(weight.const_data_ptr()),
+          {channels, weight.size(0), 1, channels, 1, false});
+    }
+  }
+  const Map<const Tile>& map(size_t branch) const { return maps[maps.size() == 1 ? 0 : branch]; }
+};
+
+// Task: one patch and one tile of one branch's outputs, or with a projection a patch with all of its branches.
+template <typename Io, typename Tile>
+class Forward {
+ public:
+  Forward(const Call& call, const Prepared<Io, Tile>& prepared, const Patches& patches)
+      : call_(call),
+        prepared_(prepared),
+        patches_(patches),
+        out_(dense_map<Io>(call.out)),
+        kept_(dense_map<Io>(call.kept)),
+        simd_(aspp_kernels<Io, Tile>()) {
+    sums_ = scratch_.take<float>(patches.largest() * kOutputTile);
+    if (call.projection_weight.has_value()) {
+      concatenated_ = scratch_.take<Tile>(patches.largest() * depth<Tile>(prepared.channels));
+    }
+  }
+
+  static int64_t tasks_per_patch(const Call& call, const Prepared<Io, Tile>& prepared) {
+    if (call.projection_weight.has_value()) return 1;
+    int64_t tiles = 0;
+    for (const auto& weights : prepared.weights) tiles += weights.outputs.count;
+    return tiles;
+  }
+
+  void run(int64_t task) {
+    const Patch patch = patches_.at(task % patches_.count);
+    int64_t tile = task / patches_.count;
+    if (!call_.projection_weight.has_value()) {
+      size_t branch = 0;
+      for (; tile >= prepared_.weights[branch].outputs.count; ++branch) {
+        tile -= prepared_.weights[branch].outputs.count;
+      }
+      return convolve(patch, branch, tile);
+    }
+    for (size_t branch = 0; branch < prepared_.weights.size(); ++branch) {
+      for (tile = 0; tile < prepared_.weights[branch].outputs.count; ++tile) convolve(patch, branch, tile);
+    }
+    project(patch);
+  }
+
+ private:
+  void convolve(const Patch& patch, size_t branch, int64_t tile) {
+    const auto& weights = prepared_.weights[branch];
+    add_taps(prepared_.map(branch), weights, tile, call_.dilations[branch], patches_.height, patches_.width,
+        patch, sums_, true);
+    const int64_t channel = prepared_.first_channel[branch] + weights.outputs.begin(tile);
+    Finish finish{patch.pixels(), weights.outputs.length(tile), weights.columns(tile), prepared_.channels,
+        prepared_.channels, call_.gain.defined() ? call_.gain.const_data_ptr<float>() + channel : nullptr,
+        call_.offset.const_data_ptr<float>() + channel, call_.activation};
+    if (concatenated_ == nullptr) return write(patch, finish, channel, kept_.data != nullptr);
+    finish.out_stride = depth<Tile>(prepared_.channels);
+    finish.pixels = patch.columns;
+    for (int64_t y = 0; y < patch.rows; ++y) {
+      const int64_t pixel = y * patch.columns;
+      simd_.finish_operand(finish, sums_ + pixel * finish.sums_stride,
+          concatenated_ + pixel * finish.out_stride + channel, row_of(kept_, patch, y, channel));
+    }
+  }
+
+  void project(const Patch& patch) {
+    const auto& weights = prepared_.projection;
+    const int64_t stride = depth<Tile>(prepared_.channels);
+    const Tiling inputs(weights.inputs, kInputTile);
+    for (int64_t tile = 0; tile < weights.outputs.count; ++tile) {
+      const int64_t columns = weights.columns(tile), channel = weights.outputs.begin(tile);
+      for (int64_t k = 0; k < inputs.count; ++k) {
+        tile_product(patch.pixels(), columns, inputs.length(k), concatenated_ + inputs.begin(k), stride,
+            weights.at(tile, 0, inputs.begin(k)), columns, sums_, columns, k > 0);
+      }
+      const Finish finish{patch.pixels(), weights.outputs.length(tile), columns, call_.out.size(3), 0, nullptr,
+          call_.projection_offset.const_data_ptr<float>() + channel, Activation::none};
+      write(patch, finish, channel, false);
+    }
+  }
+
+  // Row by row: patches may be narrower than the map.
+  void write(const Patch& patch, Finish finish, int64_t channel, bool keep) {
+    finish.pixels = patch.columns;
+    for (int64_t y = 0; y < patch.rows; ++y) {
+      simd_.finish_values(finish, sums_ + y * patch.columns * finish.sums_stride,
+          row_of(out_, patch, y, channel), keep ? row_of(kept_, patch, y, channel) : nullptr);
+    }
+  }
+
+  static Io* row_of(const Map<Io>& map, const Patch& patch, int64_t y, int64_t channel) {
+    return map.data == nullptr ? nullptr : map.at(patch.batch, patch.top + y, patch.left) + channel;
+  }
+
+  const Call& call_;
+  const Prepared<Io, Tile>& prepared_;
+  const Patches& patches_;
+  const Map<Io> out_, kept_;
+  const AsppKernels<Io, Tile>& simd_;
+  Scratch scratch_;
+  float* sums_ = nullptr;
+  Tile* concatenated_ = nullptr;
+};
+
+template <typename Io, typename Tile>
+void forward(const Call& call) {
+  const Prepared<Io, Tile> prepared(call);
+  const int64_t tiles = Forward<Io, Tile>::tasks_per_patch(call, prepared);
+  const at::Tensor& out = call.out;
+  const Patches patches = patches_for(out.size(0), out.size(1), out.size(2), tiles);
+  run_tasks(patches.count * tiles, 1, [&] { return Forward<Io, Tile>(call, prepared, patches); });
+}
+
+std::tuple<at::Tensor, at::Tensor> dilated_aspp_forward(const std::vector<at::Tensor>& features,
+    const std::vector<at::Tensor>& weights, const OptionalTensor& bias, at::IntArrayRef dilations,
+    const OptionalTensor& scale, const OptionalTensor& shift, std::string_view activation,
+    const OptionalTensor& projection_weight, const OptionalTensor& projection_bias, bool keep) {
+  const at::Tensor& x = features[0];
+  int64_t channels = 0;
+  for (const at::Tensor& weight : weights) channels += weight.size(0);
+  const auto floats = x.options().dtype(at::kFloat);
+  at::Tensor gain, offset = bias.has_value() ? bias->to(at::kFloat) : at::zeros({channels}, floats);
+  if (scale.has_value()) {
+    gain = padded_floats(*scale);
+    offset = at::addcmul(shift->to(at::kFloat), offset, scale->to(at::kFloat));
+  }
+  const int64_t outputs = projection_weight.has_value() ? projection_weight->size(0) : channels;
+  Call call{features, weights, dilations.vec(), gain, padded_floats(offset), activation_named(activation),
+      projection_weight,
+      padded_floats(projection_bias.has_value() ? *projection_bias : at::zeros({outputs}, floats)),
+      at::empty({x.size(0), x.size(2), x.size(3), outputs}, x.options()), at::Tensor()};
+  if (keep) call.kept = at::empty({x.size(0), x.size(2), x.size(3), channels}, x.options());
+  if (x.numel() > 0) {
+    if (x.scalar_type() == at::kFloat) {
+      forward<float, float>(call);
+    } else if (has_bf16_tiles()) {
+      forward<at::BFloat16, at::BFloat16>(call);
+    } else {
+      forward<at::BFloat16, float>(call);
+    }
+  }
+  return {call.out.permute({0, 3, 1, 2}), keep ? call.kept : at::empty({0}, x.options())};
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(rskernels, CPU, m) {
+  m.impl("dilated_aspp_forward", &dilated_aspp_forward);
+}
+
+} // namespace rskernels

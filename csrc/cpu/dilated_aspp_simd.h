@@ -1,0 +1,172 @@
+// The vector passes of dilated_aspp: operands, weights, and the epilogue. Compiled once per instruction set.
+
+template <typename Io>
+RSK_INLINE VecF load_some(const Io* from, int64_t n) {
+  if (n >= kLanes) return load(from);
+  Io values[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) values[i] = i < n ? from[i] : Io(0.0f);
+  return load(values);
+}
+
+template <typename To>
+RSK_INLINE void store_some(To* to, VecF x, int64_t n) {
+  if (n >= kLanes) return store(to, x);
+  To values[kLanes];
+  store(values, x);
+  for (int64_t i = 0; i < n; ++i) to[i] = values[i];
+}
+
+// to[pixel][channel] = from[channel][pixel], channels `plane` apart.
+template <typename Io, typename Tile>
+inline void image_to_rows(
+    const Io* from, int64_t channels, int64_t plane, int64_t pixels, Tile* to, int64_t stride) {
+  for (int64_t p = 0; p < pixels; p += kLanes) {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      VecF square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        square[i] = c + i < channels ? load_some(from + (c + i) * plane + p, pixels - p) : VecF{};
+      }
+      transpose_square(square);
+      for (int64_t i = 0; i < kLanes && p + i < pixels; ++i) {
+        store_some(to + (p + i) * stride + c, square[i], channels - c);
+      }
+    }
+  }
+}
+
+// `first` taps on of the weights of one input and kLanes outputs: lanes are taps, then outputs.
+template <typename Io>
+RSK_INLINE void load_taps(const TapSource& source, const Io* from, const Io* end, int64_t k, int64_t n,
+    int64_t first, VecF (&square)[kLanes]) {
+  for (int64_t i = 0; i < kLanes; ++i) {
+    if (n + i >= source.outputs || k >= source.inputs) {
+      square[i] = VecF{};
+      continue;
+    }
+    const Io* taps = from + k * source.k_stride + (n + i) * source.n_stride + first;
+    square[i] = load_some(taps, end - taps);
+  }
+  transpose_square(square);
+}
+
+// A vector group of outputs of TapSource into [tap][input][output].
+template <typename Io>
+inline void pack_taps(
+    const TapSource& source, const Io* from, const Io* end, float* to, int64_t to_k, int64_t to_tap) {
+  for (int64_t k = 0; k < source.inputs; ++k) {
+    for (int64_t n = 0; n < 16; n += kLanes) {
+      for (int64_t first = 0; first < source.taps; first += kLanes) {
+        VecF square[kLanes];
+        load_taps(source, from, end, k, n, first, square);
+        for (int64_t i = 0; i < kLanes && first + i < source.taps; ++i) {
+          const int64_t tap = source.flip ? source.taps - 1 - first - i : first + i;
+          store(to + tap * to_tap + k * to_k + n, square[i]);
+        }
+      }
+    }
+  }
+}
+
+template <typename Io>
+inline void pack_taps(
+    const TapSource& source, const Io* from, const Io* end, c10::BFloat16* to, int64_t to_k, int64_t to_tap) {
+  for (int64_t k = 0; k < source.inputs; k += 2) {
+    for (int64_t n = 0; n < 16; n += kLanes) {
+      for (int64_t first = 0; first < source.taps; first += kLanes) {
+        VecF even[kLanes], odd[kLanes];
+        load_taps(source, from, end, k, n, first, even);
+        load_taps(source, from, end, k + 1, n, first, odd);
+        for (int64_t i = 0; i < kLanes && first + i < source.taps; ++i) {
+          const int64_t tap = source.flip ? source.taps - 1 - first - i : first + i;
+          store_pairs(to + tap * to_tap + k * to_k + 2 * n, even[i], odd[i]);
+        }
+      }
+    }
+  }
+}
+
+// x Phi(x). Phi(-|x|) by Abramowitz and Stegun 7.1.26: off by less than 1e-7.
+RSK_INLINE VecF gelu_erf(VecF x) {
+  const VecF size = x < 0.0f ? -x : x;
+  const VecF t = 1.0f / (1.0f + 0.3275911f * 0.70710678f * size);
+  VecF p = t * 1.061405429f - 1.453152027f;
+  p = p * t + 1.421413741f;
+  p = p * t - 0.284496736f;
+  p = p * t + 0.254829592f;
+  const VecF tail = 0.5f * p * t * exp(-0.5f * size * size);
+  return x * (x < 0.0f ? tail : 1.0f - tail);
+}
+
+// x / (1 + exp(-2u)) = x (1 + tanh u) / 2
+RSK_INLINE VecF gelu_by_tanh(VecF x) {
+  const VecF power = (x + 0.044715f * x * x * x) * (-2.0f * 0.79788456f * 1.44269504f);
+  return x / (1.0f + exp2<5>(power > 126.0f ? splat(126.0f) : power)); // keeps NaN
+}
+
+template <Activation kActivation>
+RSK_INLINE VecF activated(VecF x) {
+  if constexpr (kActivation == Activation::gelu) return gelu_erf(x);
+  if constexpr (kActivation == Activation::gelu_tanh) return gelu_by_tanh(x);
+  if constexpr (kActivation == Activation::relu) return x < 0.0f ? VecF{} : x; // keeps NaN
+  return x;
+}
+
+template <Activation kActivation, typename Io, typename To>
+inline void finish_rows(const Finish& finish, const float* sums, To* out, Io* kept) {
+  for (int64_t p = 0; p < finish.pixels; ++p) {
+    for (int64_t c = 0; c < finish.channels; c += kLanes) {
+      VecF x = load(sums + p * finish.sums_stride + c);
+      if (finish.gain != nullptr) x *= load(finish.gain + c);
+      x += load(finish.offset + c);
+      const int64_t n = finish.channels - c;
+      if (kept != nullptr) store_some(kept + p * finish.kept_stride + c, x, n);
+      store_some(out + p * finish.out_stride + c, activated<kActivation>(x), n);
+    }
+  }
+}
+
+template <typename Io, typename To>
+inline void finish_map(const Finish& finish, const float* sums, To* out, Io* kept) {
+  switch (finish.activation) {
+    case Activation::gelu:
+      return finish_rows<Activation::gelu>(finish, sums, out, kept);
+    case Activation::gelu_tanh:
+      return finish_rows<Activation::gelu_tanh>(finish, sums, out, kept);
+    case Activation::relu:
+      return finish_rows<Activation::relu>(finish, sums, out, kept);
+    case Activation::none:
+      return finish_rows<Activation::none>(finish, sums, out, kept);
+  }
+}
+
+// to[channel][tap] = from[tap][channel]: the weights' gradient as PyTorch keeps it.
+template <typename Io>
+inline void interleave_taps(const float* from, int64_t tap_stride, int64_t channels, Io* to) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    float values[kLanes * 9 + kLanes];
+    for (int64_t first = 0; first < 9; first += kLanes) {
+      VecF square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        square[i] = first + i < 9 ? load_some(from + (first + i) * tap_stride + c, channels - c) : VecF{};
+      }
+      transpose_square(square);
+      for (int64_t i = 0; i < kLanes; ++i) {
+        for (int64_t t = 0; t < kLanes && first + t < 9; ++t) values[i * 9 + first + t] = square[i][t];
+      }
+    }
+    const int64_t n = channels - c < kLanes ? channels - c : kLanes;
+    copy_row<float, Io>(values, to + c * 9, n * 9);
+  }
+}
+
+template <typename Io, typename Tile>
+inline constexpr AsppKernels<Io, Tile> kAsppKernels = {
+    image_to_rows<Io, Tile>,
+    copy_row<Io, Tile>,
+    pack_taps<Io>,
+    finish_map<Io, Io>,
+    finish_map<Io, Tile>,
+    transpose_left,
+    pair_rows,
+    interleave_taps<Io>,
+};
