@@ -85,7 +85,6 @@ void test_tile_product() {
       }
     }
   }
-  tile_release();
 }
 
 void test_tile_product_bf16() {
@@ -105,7 +104,6 @@ void test_tile_product_bf16() {
       CHECK(std::abs(c[i * n + j] - expected) < 1e-3);
     }
   }
-  tile_release();
 }
 
 void test_exponential() {
