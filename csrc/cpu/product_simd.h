@@ -98,25 +98,36 @@ inline void rows_product(Block at, int64_t rows) {
     at.c += kBlockRows * at.ldc;
   }
   switch (rows) {
-    case 1: return block_product<Step, 1, kVectors, kWhole>(at);
-    case 2: return block_product<Step, 2, kVectors, kWhole>(at);
-    case 3: return block_product<Step, 3, kVectors, kWhole>(at);
-    case 4: return block_product<Step, 4, kVectors, kWhole>(at);
-    case 5: return block_product<Step, 5, kVectors, kWhole>(at);
-    default: return;
+    case 1:
+      return block_product<Step, 1, kVectors, kWhole>(at);
+    case 2:
+      return block_product<Step, 2, kVectors, kWhole>(at);
+    case 3:
+      return block_product<Step, 3, kVectors, kWhole>(at);
+    case 4:
+      return block_product<Step, 4, kVectors, kWhole>(at);
+    case 5:
+      return block_product<Step, 5, kVectors, kWhole>(at);
+    default:
+      return;
   }
 }
 
 template <typename Step>
 inline void columns_product(const Block& at, int64_t rows, int64_t vectors) {
   switch (vectors) {
-    case 1: return rows_product<Step, 1, true>(at, rows);
-    case 2: return rows_product<Step, 2, true>(at, rows);
+    case 1:
+      return rows_product<Step, 1, true>(at, rows);
+    case 2:
+      return rows_product<Step, 2, true>(at, rows);
 #if RSK_LEVEL >= 2
-    case 3: return rows_product<Step, 3, true>(at, rows);
-    case 4: return rows_product<Step, 4, true>(at, rows);
+    case 3:
+      return rows_product<Step, 3, true>(at, rows);
+    case 4:
+      return rows_product<Step, 4, true>(at, rows);
 #endif
-    default: return;
+    default:
+      return;
   }
 }
 

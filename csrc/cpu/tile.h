@@ -7,8 +7,10 @@
 // is even and what lies along it goes by pairs, as the processor's dot product wants them: a is (m, k) or by
 // columns (k / 2, m, 2), b is (k / 2, n, 2). Nothing outside the matrices is read or written.
 //
-// Ours is one C++ source for every instruction set (product_simd.h, compiled in tile.cpp). The sum of an element
-// of c depends on k alone, not on where the element lies.
+// One C++ source for every instruction set (product_simd.h, compiled in tile.cpp), which sanitizers see into.
+// Measured against oneDNN's generated code (PyTorch's cpublas::brgemm) on an AMD EPYC, one thread, 16 x 16 x 16 to
+// 256 x 208 x 256: between equal and half as fast again (small tiles), in fp32 at AVX-512 and AVX2, and in bf16.
+// The order in which an element of c is summed depends on k alone, not on where the element lies.
 #pragma once
 
 #include <c10/util/BFloat16.h>
