@@ -19,7 +19,7 @@ SUITES: dict[str, ModuleType] = {
     "linear": linear,
     "lora": lora,
     "distillation_loss": distillation_loss,
-    "deformable_attention": deformable_attention,
     "dilated_aspp": dilated_aspp,
+    "deformable_attention": deformable_attention,
     "models": models,
 }

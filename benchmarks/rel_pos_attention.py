@@ -1,16 +1,20 @@
-"""SAM's attention with decomposed relative positions against eager PyTorch and SDPA with the bias."""
+"""SAM's attention with decomposed relative positions, and plain attention, against eager PyTorch, SDPA and
+FlexAttention."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import rskernels
-from benchmarks.measure import Call, Case
+from benchmarks.measure import PASSES, Call, Case, call_of
 
 WINDOW = 14  # 0 is global
 
@@ -62,53 +66,144 @@ def _composed(attend: Callable[..., Tensor], qkv: Tensor, rel_pos_h: Tensor, rel
     return out
 
 
-def _build(
-    grid: int, window: int, dtype: torch.dtype, train: bool, heads: int = 12, d: int = 64
-) -> dict[str, Call]:
-    generator = torch.Generator().manual_seed(0)
-    side = window or grid
+@functools.cache
+def _flex() -> Callable[..., Tensor]:
+    """FlexAttention, compiled; the bias as a score_mod that reads the two tables of a query."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    def random(*shape: int, gain: float = 1.0) -> Tensor:
-        tensor = torch.randn(*shape, generator=generator) * gain
-        return tensor.to(dtype).requires_grad_(train)
+    def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float) -> Tensor:
+        width = rel_w.shape[-1]
 
-    qkv = random(1, grid, grid, 3 * heads * d)
-    rel_h, rel_w = random(2 * side - 1, d, gain=0.1), random(2 * side - 1, d, gain=0.1)
-    pad = random(3 * heads * d, gain=0.1)
-    grad = torch.randn(1, grid, grid, heads * d, generator=generator).to(dtype)
-    arguments = {"num_heads": heads, "window_size": window, "pad_qkv": pad}
-    forms = {
-        "rskernels": partial(rskernels.rel_pos_attention, **arguments),
-        "eager": partial(_composed, _attend_eager, **arguments),
-        "sdpa + bias": partial(_composed, _attend_sdpa, **arguments),
-    }
+        def biased(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return score + rel_h[b, head, query, key // width] + rel_w[b, head, query, key % width]
 
-    def forward(form: Callable[..., Tensor]) -> Tensor:
+        out = flex_attention(q, k, v, score_mod=biased, scale=scale)
+        assert isinstance(out, Tensor)
+        return out
+
+    compiled: Callable[..., Tensor] = torch.compile(attend, dynamic=False)
+
+    def contiguous(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float) -> Tensor:
+        return compiled(*(t.contiguous() for t in (q, k, v, rel_h, rel_w)), scale)
+
+    return contiguous
+
+
+@functools.cache
+def flex_problem() -> str:
+    """Why FlexAttention is no peer here, or nothing. It needs a C++ compiler at run time, and AVX2."""
+    q = torch.zeros(1, 2, 256, 64)
+    table = torch.zeros(1, 2, 256, 16)
+    try:
         with torch.no_grad():
-            return form(qkv, rel_h, rel_w)
+            _flex()(q, q, q, table, table, 0.125)
+    except Exception as error:  # whatever the compiler raises: the other peers still count
+        return (
+            f"FlexAttention does not compile here: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        )
+    return ""
 
-    def step(form: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(form(qkv, rel_h, rel_w), (qkv, rel_h, rel_w), grad)
 
-    return {name: partial(step if train else forward, form) for name, form in forms.items()}
+@dataclass(frozen=True)
+class Shape:
+    """A call: batch, grid, window side (0: global), heads, head dim; plain attention without tables."""
+
+    batch: int
+    height: int
+    width: int
+    window: int = 0
+    heads: int = 12
+    d: int = 64
+    tables: bool = True
+
+    def __str__(self) -> str:
+        if not self.tables:
+            return f"{self.batch}x{self.height} tokens, {self.heads} heads, plain"
+        kind = f"windows of {self.window}" if self.window else "global"
+        small = "" if (self.heads, self.d) == (12, 64) else f", {self.heads} heads of {self.d}"
+        return f"{self.batch}x{self.height}x{self.width} {kind}{small}"
+
+    def pairs(self) -> int:
+        """Of a query and a key: real queries, all keys of their windows."""
+        keys = self.window**2 if self.window else self.height * self.width
+        return self.batch * self.height * self.width * keys
+
+
+def _build(shape: Shape, dtype: torch.dtype, which: str) -> dict[str, Call]:
+    generator = torch.Generator().manual_seed(0)
+    B, H, W, D = shape.batch, shape.height, shape.width, shape.heads * shape.d
+    rows, columns = (shape.window, shape.window) if shape.window else (H, W)
+
+    def random(*size: int, gain: float = 1.0) -> Tensor:
+        tensor = torch.randn(*size, generator=generator) * gain
+        return tensor.to(dtype).requires_grad_(which != "forward")
+
+    inputs = [random(B, H, W, 3 * D)]
+    grad = torch.randn(B, H, W, D, generator=generator).to(dtype)
+    forms: dict[str, Callable[..., Tensor]]
+    if not shape.tables:
+
+        def ours(qkv: Tensor) -> Tensor:
+            return rskernels.rel_pos_attention(qkv, None, None, num_heads=shape.heads)
+
+        def plain(attend: Callable[..., Tensor], qkv: Tensor) -> Tensor:
+            q, k, v = qkv.reshape(B, H * W, 3, shape.heads, -1).permute(2, 0, 3, 1, 4)
+            return attend(q, k, v).transpose(1, 2).reshape(B, H, W, D)
+
+        forms = {
+            "rskernels": ours,
+            "eager": partial(plain, lambda q, k, v: (q * shape.d**-0.5 @ k.mT).softmax(-1) @ v),
+            "sdpa": partial(plain, F.scaled_dot_product_attention),
+        }
+    else:
+        inputs += [random(2 * side - 1, shape.d, gain=0.1) for side in (rows, columns)]
+        inputs.append(random(3 * D, gain=0.1))
+        pads = shape.window > 0 and (H % shape.window > 0 or W % shape.window > 0)
+        inputs[3].requires_grad_(pads and which != "forward")  # no gradient where nothing is padded
+        arguments: dict[str, Any] = {"num_heads": shape.heads, "window_size": shape.window}
+
+        def fused(qkv: Tensor, rel_h: Tensor, rel_w: Tensor, pad: Tensor) -> Tensor:
+            return rskernels.rel_pos_attention(qkv, rel_h, rel_w, pad_qkv=pad, **arguments)
+
+        def composed(attend: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+            qkv, rel_h, rel_w, pad = tensors
+            return _composed(attend, qkv, rel_h, rel_w, pad_qkv=pad, **arguments)
+
+        forms = {
+            "rskernels": fused,
+            "eager": partial(composed, _attend_eager),
+            "sdpa + bias": partial(composed, _attend_sdpa),
+        }
+        # It has no CPU backward, and refuses windows (lengths that are no multiple of its blocks).
+        if which == "forward" and shape.window == 0 and not flex_problem():
+            forms["flex, compiled"] = partial(composed, _flex())
+    return {name: call_of(which, form, inputs, grad) for name, form in forms.items()}
+
+
+SHAPES = (
+    Shape(1, 64, 64),
+    Shape(1, 64, 64, WINDOW),
+    *(Shape(batch, 32, 32, window) for batch in (1, 2) for window in (0, WINDOW)),
+    # the tiny models of the demo and the tests
+    Shape(8, 16, 16, 4, heads=4, d=32),
+    Shape(32, 8, 8, 4, heads=4, d=32),
+    # DINOv2: 518 pixels and a class token; 512 pixels, a class token and four registers
+    Shape(1, 1370, 1, tables=False),
+    Shape(1, 1029, 1, heads=16, tables=False),
+)
+# Products of the size of QKᵀ: two forward; backward recomputes one and makes four.
+PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
 
 
 def cases() -> list[Case]:
-    found = []
-    for train in (False, True):
-        for grid, window in ((64, 0), (32, 0), (64, WINDOW), (32, WINDOW)):
-            for dtype in (torch.float32, torch.bfloat16):
-                side = window or grid
-                mode = "training step" if train else "forward"
-                tokens = (-(-grid // side)) ** 2 * side**4  # query-key pairs over all windows
-                kind = f"windows of {window}" if window else "global"
-                found.append(
-                    Case(
-                        name=f"{mode}, {grid}x{grid} {kind}, {str(dtype)[6:]}",
-                        build=partial(_build, grid, window, dtype, train),
-                        dtype=dtype,
-                        # QKᵀ and PV; backward has five products of that size (one recomputed).
-                        flops=4 * tokens * 768 * (3.5 if train else 1),
-                    )
-                )
-    return found
+    return [
+        Case(
+            name=f"{which}, {shape}, {str(dtype)[6:]}",
+            build=partial(_build, shape, dtype, which),
+            dtype=dtype,
+            flops=2 * PRODUCTS[which] * shape.pairs() * shape.heads * shape.d,
+        )
+        for which in PASSES
+        for shape in SHAPES
+        for dtype in (torch.float32, torch.bfloat16)
+    ]

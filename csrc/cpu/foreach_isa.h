@@ -22,11 +22,19 @@
 
 #include "isa.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define RSK_HAS_TARGET_SECTIONS 1
+#if RSK_HAS_TARGET_SECTIONS
 #include <immintrin.h>
+#endif
+
+// What follows is compiled for the processors that have these instructions.
+#define RSK_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define RSK_BEGIN_TARGET(features) \
+  RSK_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define RSK_END_TARGET RSK_PRAGMA(clang attribute pop)
 #else
-#define RSK_HAS_TARGET_SECTIONS 0
+#define RSK_BEGIN_TARGET(features) RSK_PRAGMA(GCC push_options) RSK_PRAGMA(GCC target(features))
+#define RSK_END_TARGET RSK_PRAGMA(GCC pop_options)
 #endif
 
 #define RSK_INLINE inline __attribute__((always_inline))
@@ -48,8 +56,7 @@ namespace rskernels::baseline {
 #if RSK_HAS_TARGET_SECTIONS
 
 #define RSK_LEVEL 1
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+RSK_BEGIN_TARGET("avx2,fma")
 namespace rskernels::avx2 {
 #include "vec.h"
 
@@ -57,12 +64,11 @@ namespace rskernels::avx2 {
 
 #include RSK_SIMD_FILE
 } // namespace rskernels::avx2
-#pragma GCC pop_options
+RSK_END_TARGET
 #undef RSK_LEVEL
 
 #define RSK_LEVEL 2
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
+RSK_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
 namespace rskernels::avx512 {
 #include "vec.h"
 
@@ -70,12 +76,11 @@ namespace rskernels::avx512 {
 
 #include RSK_SIMD_FILE
 } // namespace rskernels::avx512
-#pragma GCC pop_options
+RSK_END_TARGET
 #undef RSK_LEVEL
 
 #define RSK_LEVEL 3
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+RSK_BEGIN_TARGET("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 namespace rskernels::avx512_bf16 {
 #include "vec.h"
 
@@ -83,7 +88,7 @@ namespace rskernels::avx512_bf16 {
 
 #include RSK_SIMD_FILE
 } // namespace rskernels::avx512_bf16
-#pragma GCC pop_options
+RSK_END_TARGET
 #undef RSK_LEVEL
 
 // The object of that name at the level in use.

@@ -7,6 +7,14 @@
 #include <cstdlib>
 #include <string>
 
+// Can one source file be compiled for several instruction sets? Elsewhere kernels are compiled for what the
+// compiler was told to assume, and that is the level `baseline`.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define RSK_HAS_TARGET_SECTIONS 1
+#else
+#define RSK_HAS_TARGET_SECTIONS 0
+#endif
+
 namespace rskernels {
 
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
@@ -16,9 +24,9 @@ inline const char* isa_name(Isa level) {
   return names[static_cast<int>(level)];
 }
 
-// The best level of this processor.
+// The best level that this processor has and this build has code for.
 inline Isa isa_supported() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if RSK_HAS_TARGET_SECTIONS
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -78,14 +78,69 @@ inline const float* pair_rows(const float* from, int64_t, int64_t, float*) {
   return from;
 }
 
+// Pairs of bf16 numbers as they are.
+RSK_INLINE void store_pairs(c10::BFloat16* p, VecH even, VecH odd) {
+  store(reinterpret_cast<float*>(p),
+      (VecF)(__builtin_convertvector(even, VecU) | __builtin_convertvector(odd, VecU) << 16));
+}
+
+RSK_INLINE VecH load_bits(const c10::BFloat16* p) {
+  return *reinterpret_cast<const LooseH*>(p);
+}
+
 inline const c10::BFloat16* pair_rows(
     const c10::BFloat16* from, int64_t stride, int64_t rows, c10::BFloat16* to) {
   for (int64_t r = 0; r < rows; r += 2) {
     for (int64_t c = 0; c < stride; c += kLanes) {
-      store_pairs(to + r * stride + 2 * c, load(from + r * stride + c), load(from + (r + 1) * stride + c));
+      const c10::BFloat16* even = from + r * stride + c;
+      store_pairs(to + r * stride + 2 * c, load_bits(even), load_bits(even + stride));
     }
   }
   return to;
+}
+
+// fp32 rows as bf16 operands: rounded, and (returned) by columns for a left operand, that is in pairs of rows.
+inline const float* round_rows(float* rows, int64_t, int64_t, float*, float*) {
+  return rows;
+}
+
+inline const c10::BFloat16* round_rows(
+    float* from, int64_t stride, int64_t rows, c10::BFloat16* rounded, c10::BFloat16* pairs) {
+  for (int64_t r = 0; r < rows; r += 2) {
+    for (int64_t c = 0; c < stride; c += kLanes) {
+      const int64_t at = r * stride + c;
+      const VecF even = load(from + at), odd = load(from + at + stride);
+      store(rounded + at, even);
+      store(rounded + at + stride, odd);
+      store_pairs(pairs + r * stride + 2 * c, even, odd);
+    }
+  }
+  return pairs;
+}
+
+// Two tokens as rows r and r + 1 of a right operand whose rows are `stride` apart.
+template <typename Io>
+inline void pack_two(const Io* even, const Io* odd, float* to, int64_t stride, int64_t n) {
+  copy_row(even, to, n);
+  copy_row(odd, to + stride, n);
+}
+
+inline void pack_two(
+    const c10::BFloat16* even, const c10::BFloat16* odd, c10::BFloat16* to, int64_t, int64_t n) {
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) store_pairs(to + 2 * c, load_bits(even + c), load_bits(odd + c));
+  for (; c < n; ++c) {
+    to[2 * c] = even[c];
+    to[2 * c + 1] = odd[c];
+  }
+}
+
+// factor * from, converted.
+template <typename To>
+inline void write_row(const float* from, float factor, To* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i) * factor);
+  for (; i < n; ++i) to[i] = static_cast<To>(from[i] * factor);
 }
 
 // The sum over `columns` of a[r][c] * b[r][c].

@@ -3,7 +3,7 @@
 // A unit's keys and values are packed once; then, for each tile of queries and each tile of keys,
 //   scores (keys x queries) = K q^T                                  [tile product]
 //   maxima, then p = exp(scale * scores + rel_h + rel_w - max)       [two vector passes]
-//   out (dim x queries) += V^T p                                     [tile product]
+//   out (queries x dim) += p^T V                                     [tile product, p by columns]
 // with the usual online softmax over the key tiles. Scores never leave the cache, and the bias exists only as
 // the two small tables rel_h and rel_w of the query tile.
 #include <ATen/ops/empty.h>
@@ -81,6 +81,7 @@ class Forward {
   Forward(const Layout& layout, const Tables& tables, const PackedTables<Io, Tile>& packed,
       const at::Tensor& qkv, const at::Tensor& pad, const at::Tensor& out, const at::Tensor& lse, int64_t parts)
       : layout_(layout),
+        query_tile_(layout.query_tile(parts == 1)),
         key_tiles_(key_tiling(layout)),
         qkv_(qkv),
         pad_(pad.const_data_ptr<Io>()),
@@ -88,34 +89,32 @@ class Forward {
         lse_(lse.data_ptr<float>()),
         parts_(parts),
         simd_(attention_kernels<Io, Tile>()),
-        queries_(layout, tables, packed, scratch_) {
+        queries_(layout, query_tile_, tables, packed, scratch_) {
     const int64_t tokens = key_tiles_.count * key_tiles_.size;
     k_rows_ = scratch_.take<Tile>(tokens * layout.row_size);
-    v_rows_ = scratch_.take<Tile>(tokens * layout.row_size);
-    v_left_ = scratch_.take<Tile>(tokens * layout.row_size);
-    scores_ = scratch_.take<float>(key_tiles_.size * kQueryTile);
+    v_right_ = scratch_.take<Tile>(tokens * layout.row_size);
+    zeros_ = scratch_.take<Io>(layout.row_size);
+    scores_ = scratch_.take<float>(key_tiles_.size * query_tile_);
     if constexpr (std::is_same_v<Tile, float>) {
       p_ = scores_;
     } else {
-      p_ = scratch_.take<Tile>(key_tiles_.size * kQueryTile);
+      p_ = scratch_.take<Tile>(key_tiles_.size * query_tile_);
     }
-    largest_ = scratch_.take<float>(kQueryTile);
-    old_largest_ = scratch_.take<float>(kQueryTile);
-    sums_ = scratch_.take<float>(kQueryTile);
-    out_t_ = scratch_.take<float>(kQueryTile * layout.row_size);
-    out_rows_ = scratch_.take<float>(kQueryTile * layout.row_size);
+    largest_ = scratch_.take<float>(query_tile_);
+    old_largest_ = scratch_.take<float>(query_tile_);
+    sums_ = scratch_.take<float>(query_tile_);
+    out_rows_ = scratch_.take<float>(query_tile_ * layout.row_size);
   }
 
   // Task t is part t % parts of the query tiles of unit t / parts.
   void run(int64_t task) {
     const Unit unit = layout_.unit(task / parts_);
-    const Tiling tiles(unit.queries(), kQueryTile);
+    const Tiling tiles(unit.queries(), query_tile_);
     const int64_t part = task % parts_;
     const int64_t first = tiles.count * part / parts_, last = tiles.count * (part + 1) / parts_;
     if (first == last) return;
     pack_window<Io, Tile>(layout_, qkv_, pad_, unit, 1, k_rows_);
-    pack_window<Io, Tile>(layout_, qkv_, pad_, unit, 2, v_rows_);
-    transpose_keys<Io, Tile>(layout_, key_tiles_, v_rows_, v_left_);
+    pack_window_right<Io, Tile>(layout_, qkv_, pad_, unit, 2, zeros_, v_right_);
     for (int64_t t = first; t < last; ++t) attend(unit, tiles.begin(t), tiles.length(t));
   }
 
@@ -136,27 +135,23 @@ class Forward {
         queries_.right, lanes, scores_, lanes, false);
     std::copy_n(largest_, lanes, old_largest_);
     simd_.row_max(tile, scores_, largest_);
-    if (t > 0) simd_.rescale(lanes, old_largest_, largest_, sums_, out_t_, layout_.dim);
+    if (t > 0) simd_.rescale(lanes, old_largest_, largest_, sums_, out_rows_, layout_.row_size);
     simd_.softmax(tile, scores_, largest_, sums_, p_);
-    tile_product(layout_.dim, lanes, depth<Tile>(keys), v_left_ + first * layout_.row_size, key_tiles_.size, p_,
-        lanes, out_t_, lanes, t > 0);
+    tile_product_columns(queries_.count, layout_.row_size, depth<Tile>(keys), p_, lanes,
+        v_right_ + first * layout_.row_size, layout_.row_size, out_rows_, layout_.row_size, t > 0);
   }
 
   void write(const Unit& unit, int64_t begin) {
-    const int64_t lanes = queries_.lanes, row = layout_.row_size;
-    simd_.transpose(out_t_, lanes, nullptr, layout_.dim, lanes, out_rows_, row);
-    for (int64_t i = 0; i < queries_.count; ++i) {
-      float* values = out_rows_ + i * row;
-      const float factor = 1.0f / sums_[i];
-      for (int64_t c = 0; c < layout_.dim; ++c) values[c] *= factor;
-      Io* to = out_.at(unit, begin + i) + unit.head * layout_.dim;
-      simd_.write_row(values, to, layout_.dim);
+    for_queries(unit, begin, queries_.count, [&](int64_t i, int64_t y, int64_t x) {
+      Io* to = out_.at(unit, y, x) + unit.head * layout_.dim;
+      simd_.write_row(out_rows_ + i * layout_.row_size, 1.0f / sums_[i], to, layout_.dim);
       prefetch_next_head(to, layout_.dim);
-      lse_[layout_.lse_index(unit, begin + i)] = largest_[i] + std::log(sums_[i]);
-    }
+      lse_[layout_.lse_index(unit, y, x)] = largest_[i] + std::log(sums_[i]);
+    });
   }
 
   const Layout& layout_;
+  const int64_t query_tile_;
   const Tiling key_tiles_;
   const Tokens<const Io> qkv_;
   const Io* pad_;
@@ -166,8 +161,9 @@ class Forward {
   const AttentionKernels<Io, Tile>& simd_;
   Scratch scratch_;
   QueryTile<Io, Tile> queries_;
-  Tile *k_rows_, *v_rows_, *v_left_, *p_;
-  float *scores_, *largest_, *old_largest_, *sums_, *out_t_, *out_rows_;
+  Tile *k_rows_, *v_right_, *p_;
+  Io* zeros_;
+  float *scores_, *largest_, *old_largest_, *sums_, *out_rows_;
 };
 
 template <typename Io, typename Tile>

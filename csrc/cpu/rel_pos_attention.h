@@ -16,9 +16,10 @@
 
 namespace rskernels {
 
-// Measured: 64 x 256 scores and the operands of their products stay in the second-level cache, and the windows
-// of 14 x 14 tokens have all their keys in one tile.
-constexpr int64_t kQueryTile = 64;
+// 128 x 256 scores and the operands of their products stay in the second-level cache; with 64 queries backward took
+// 5 to 8 % longer. Where one key tile holds all keys, as with windows of 14 x 14 tokens, so do the scores of all
+// their queries.
+constexpr int64_t kQueryTile = 128;
 constexpr int64_t kKeyTile = 256;
 
 // One tile of scores, keys x lanes, and its biases: rel_h (grid rows x lanes), rel_w (grid columns x lanes);
@@ -30,7 +31,8 @@ struct ScoreTile {
 };
 
 struct GradientTile : ScoreTile {
-  const float *scores, *dp; // Q K^T and dO V^T
+  float* scores;            // Q K^T; after row_delta, p
+  const float* dp;          // dO V^T
   const float *lse, *delta; // per lane
   float *grad_h, *grad_w;   // sums of ds, laid out as rel_h and rel_w
 };
@@ -39,14 +41,14 @@ struct GradientTile : ScoreTile {
 template <typename Io, typename Tile>
 struct AttentionKernels {
   void (*pack_row)(const Io* from, Tile* to, int64_t n);
-  void (*write_row)(const float* from, Io* to, int64_t n);
-  void (*round_row)(const float* from, Tile* to, int64_t n);
+  void (*pack_two)(const Io* even, const Io* odd, Tile* to, int64_t stride, int64_t n);
+  void (*write_row)(const float* from, float factor, Io* to, int64_t n);
+  void (*scale_row)(const float* from, float factor, float* to, int64_t n);
   float (*dot)(const Io* a, const Io* b, int64_t n);
-  void (*transpose_left)(
-      const Tile* from, int64_t from_stride, int64_t rows, int64_t columns, Tile* to, int64_t to_stride);
   void (*transpose_right)(
       const Tile* from, int64_t from_stride, int64_t rows, int64_t columns, Tile* to, int64_t to_stride);
   const Tile* (*pair_rows)(const Tile* from, int64_t stride, int64_t rows, Tile* to);
+  const Tile* (*round_rows)(float* from, int64_t stride, int64_t rows, Tile* rounded, Tile* pairs);
   void (*transpose)(const float* from, int64_t from_stride, const int64_t* shift, int64_t rows, int64_t columns,
       float* to, int64_t to_stride);
   void (*transpose_into_shifted)(const float* from, int64_t from_stride, int64_t rows, int64_t columns,
@@ -54,9 +56,9 @@ struct AttentionKernels {
   void (*row_max)(const ScoreTile& tile, const float* scores, float* largest);
   void (*softmax)(const ScoreTile& tile, const float* scores, const float* largest, float* sums, Tile* out);
   void (*rescale)(
-      int64_t lanes, const float* old_largest, const float* largest, float* sums, float* out, int64_t rows);
+      int64_t lanes, float* old_largest, const float* largest, float* sums, float* out, int64_t row);
   void (*row_delta)(const GradientTile& tile, float* delta);
-  void (*score_gradient)(const GradientTile& tile, Tile* p_rows, Tile* ds_rows, Tile* ds_pairs);
+  void (*score_gradient)(const GradientTile& tile, bool weighed, Tile* p_rows, Tile* ds_rows, Tile* ds_pairs);
 };
 
 template <typename Io, typename Tile>
@@ -79,12 +81,28 @@ struct Layout {
 
   int64_t units() const { return batch * windows_down * windows_across * heads; }
   Unit unit(int64_t index) const;
-  // Where a query's log-sum-exp lies in (B, heads, H, W).
-  int64_t lse_index(const Unit& unit, int64_t query) const {
-    const int64_t y = unit.top + query / unit.columns, x = unit.left + query % unit.columns;
-    return ((unit.batch * heads + unit.head) * height + y) * width + x;
+  // Queries of a tile: all of a unit's where one key tile holds its keys and there are units enough.
+  int64_t query_tile(bool enough_units) const {
+    return enough_units && keys <= kKeyTile ? round_up(keys, kVector) : kQueryTile;
+  }
+  // Where the log-sum-exp of the query at (y, x) of a unit's window lies in (B, heads, H, W).
+  int64_t lse_index(const Unit& unit, int64_t y, int64_t x) const {
+    return ((unit.batch * heads + unit.head) * height + unit.top + y) * width + unit.left + x;
   }
 };
+
+// visit(i, y, x) for queries begin .. begin + n of a unit, i counted from 0: divisions once, not for each.
+template <typename Visit>
+void for_queries(const Unit& unit, int64_t begin, int64_t n, const Visit& visit) {
+  int64_t y = begin / unit.columns, x = begin % unit.columns;
+  for (int64_t i = 0; i < n; ++i) {
+    visit(i, y, x);
+    if (++x == unit.columns) {
+      x = 0;
+      ++y;
+    }
+  }
+}
 
 // pad_qkv in the dtype of qkv; zeros where there is none.
 at::Tensor padding(const Layout& layout, const at::Tensor& qkv, const std::optional<at::Tensor>& pad_qkv);
@@ -113,10 +131,8 @@ struct Tokens {
   Io* at(int64_t batch, int64_t y, int64_t x) const {
     return data + batch * batch_stride + y * row_stride + x * column_stride;
   }
-  // Query `index` of a unit.
-  Io* at(const Unit& unit, int64_t index) const {
-    return at(unit.batch, unit.top + index / unit.columns, unit.left + index % unit.columns);
-  }
+  // The token at (y, x) of a unit's window.
+  Io* at(const Unit& unit, int64_t y, int64_t x) const { return at(unit.batch, unit.top + y, unit.left + x); }
 };
 
 // The tables as right operands: of q (dim x entries, `stride` apart), and of the biases' gradients (entries x
@@ -156,14 +172,17 @@ void prefetch_next_head(const Io* head, int64_t dim) {
 template <typename Io, typename Tile>
 class QueryTile {
  public:
-  QueryTile(const Layout& layout, const Tables& tables, const PackedTables<Io, Tile>& packed, Scratch& scratch)
+  QueryTile(const Layout& layout, int64_t largest, const Tables& tables, const PackedTables<Io, Tile>& packed,
+      Scratch& scratch)
       : layout_(layout), tables_(tables), packed_(packed), simd_(attention_kernels<Io, Tile>()) {
-    rows = scratch.take<Tile>(kQueryTile * layout.row_size);
-    right = scratch.take<Tile>(kQueryTile * layout.row_size);
+    rows = scratch.take<Tile>(largest * layout.row_size);
+    right = scratch.take<Tile>(largest * layout.row_size);
     if (!tables.defined()) return;
-    products_ = scratch.take<float>(kQueryTile * tables.stride);
-    rel_h_ = scratch.take<float>(kQueryTile * layout.window_h);
-    rel_w_ = scratch.take<float>(kQueryTile * layout.window_w);
+    shift_h = scratch.take<int64_t>(largest);
+    shift_w = scratch.take<int64_t>(largest);
+    products_ = scratch.take<float>(largest * tables.stride);
+    rel_h_ = scratch.take<float>(largest * layout.window_h);
+    rel_w_ = scratch.take<float>(largest * layout.window_w);
   }
 
   // Queries begin .. begin + n of the unit: q as rows and as a right operand, and their biases.
@@ -177,11 +196,11 @@ class QueryTile {
 
   // Channels first .. first + dim of the tile's tokens in `tokens`, as rows; lanes beyond the last query are 0.
   void pack(const Tokens<const Io>& tokens, const Unit& unit, int64_t begin, int64_t first, Tile* to) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const Io* from = tokens.at(unit, begin + i) + first;
+    for_queries(unit, begin, count, [&](int64_t i, int64_t y, int64_t x) {
+      const Io* from = tokens.at(unit, y, x) + first;
       simd_.pack_row(from, to + i * layout_.row_size, layout_.dim);
       prefetch_next_head(from, layout_.dim);
-    }
+    });
     std::fill(to + count * layout_.row_size, to + lanes * layout_.row_size, Tile(0));
   }
 
@@ -190,16 +209,17 @@ class QueryTile {
   }
 
   // Where a query's biases start in its row of products with the tables.
-  int64_t shift_h[kQueryTile] = {}, shift_w[kQueryTile] = {};
+  int64_t *shift_h = nullptr, *shift_w = nullptr;
   int64_t count = 0, lanes = 0;
   Tile *rows, *right;
 
  private:
   void load_bias(const Unit& unit, int64_t begin) {
-    for (int64_t i = 0; i < count; ++i) {
-      shift_h[i] = layout_.window_h - 1 - (begin + i) / unit.columns;
-      shift_w[i] = tables_.entries_h + layout_.window_w - 1 - (begin + i) % unit.columns;
-    }
+    for_queries(unit, begin, count, [&](int64_t i, int64_t y, int64_t x) {
+      shift_h[i] = layout_.window_h - 1 - y;
+      shift_w[i] = tables_.entries_h + layout_.window_w - 1 - x;
+    });
+    for (int64_t i = count; i < lanes; ++i) shift_h[i] = shift_w[i] = 0;
     tile_product(lanes, round_up(tables_.entries, kVector), depth<Tile>(layout_.dim), rows, layout_.row_size,
         packed_.of_q.data(), tables_.stride, products_, tables_.stride, false);
     simd_.transpose(products_, tables_.stride, shift_h, lanes, layout_.window_h, rel_h_, lanes);
@@ -213,29 +233,46 @@ class QueryTile {
   float *products_ = nullptr, *rel_h_ = nullptr, *rel_w_ = nullptr;
 };
 
-// Keys (which = 1) or values (which = 2) of a unit as rows; tokens of the padding come from `pad`.
+// visit(key, token) for every key of a unit; tokens of the padding come from `pad`.
+template <typename Io, typename Visit>
+void for_keys(
+    const Layout& layout, const Tokens<const Io>& qkv, const Io* pad, const Unit& unit, const Visit& visit) {
+  int64_t key = 0;
+  for (int64_t y = 0; y < layout.window_h; ++y) {
+    for (int64_t x = 0; x < layout.window_w; ++x, ++key) {
+      visit(key, y < unit.rows && x < unit.columns ? qkv.at(unit, y, x) : pad);
+    }
+  }
+}
+
+// Keys (which = 1) or values (which = 2) of a unit as rows, the left operand.
 template <typename Io, typename Tile>
 void pack_window(const Layout& layout, const Tokens<const Io>& qkv, const Io* pad, const Unit& unit,
     int64_t which, Tile* to) {
   const auto& simd = attention_kernels<Io, Tile>();
   const int64_t first = which * layout.embed + unit.head * layout.dim;
-  for (int64_t y = 0; y < layout.window_h; ++y) {
-    for (int64_t x = 0; x < layout.window_w; ++x, to += layout.row_size) {
-      const bool inside = y < unit.rows && x < unit.columns;
-      const Io* from = inside ? qkv.at(unit.batch, unit.top + y, unit.left + x) : pad;
-      simd.pack_row(from + first, to, layout.dim);
-      prefetch_next_head(from + first, layout.dim);
-    }
-  }
+  for_keys(layout, qkv, pad, unit, [&](int64_t key, const Io* token) {
+    simd.pack_row(token + first, to + key * layout.row_size, layout.dim);
+    prefetch_next_head(token + first, layout.dim);
+  });
 }
 
-// Rows of a unit as left operands, one per key tile, each (dim, tile.size).
+// The same as a right operand; `zeros` is paired with an odd last key.
 template <typename Io, typename Tile>
-void transpose_keys(const Layout& layout, const Tiling& tiles, const Tile* rows, Tile* to) {
-  for (int64_t t = 0; t < tiles.count; ++t) {
-    attention_kernels<Io, Tile>().transpose_left(rows + tiles.begin(t) * layout.row_size, layout.row_size,
-        tiles.length(t), layout.dim, to + t * layout.row_size * tiles.size, tiles.size);
-  }
+void pack_window_right(const Layout& layout, const Tokens<const Io>& qkv, const Io* pad, const Unit& unit,
+    int64_t which, const Io* zeros, Tile* to) {
+  const auto& simd = attention_kernels<Io, Tile>();
+  const int64_t first = which * layout.embed + unit.head * layout.dim, row = layout.row_size;
+  const Io* even = nullptr;
+  for_keys(layout, qkv, pad, unit, [&](int64_t key, const Io* token) {
+    prefetch_next_head(token + first, layout.dim);
+    if (key % 2 == 0) {
+      even = token + first;
+    } else {
+      simd.pack_two(even, token + first, to + (key - 1) * row, row, layout.dim);
+    }
+  });
+  if (layout.keys % 2 == 1) simd.pack_two(even, zeros, to + (layout.keys - 1) * row, row, layout.dim);
 }
 
 inline Tiling key_tiling(const Layout& layout) {

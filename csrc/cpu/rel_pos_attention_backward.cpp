@@ -4,8 +4,9 @@
 //   scores = K q^T,  dp = V do^T                                     [two tile products]
 //   p = exp(logit - lse),  ds = p * (dp - delta),
 //   rel_h and rel_w get the sums of ds over their keys               [one vector pass]
-//   dV += p do,  dK += ds q,  dq^T += K^T ds                         [three tile products]
-// where delta_i = do_i . out_i, or sum_j p_ij dp_ij where one tile holds all keys. A query tile's dq is complete when its last key tile is done.
+//   dV += p do,  dK += ds q,  dq += ds^T K                           [three tile products]
+// where delta_i = do_i . out_i, or sum_j p_ij dp_ij where one tile holds all keys. A query tile's dq is complete
+// when its last key tile is done.
 //
 // Determinism: sums over queries run in order within a *part* of a unit, parts are added in order, and so are
 // the *slices* of tasks that share one sum of table gradients. How the work is cut into parts and slices
@@ -48,7 +49,7 @@ struct Wanted {
 struct Call {
   at::Tensor grad, qkv, out, lse, pad;   // in
   at::Tensor dqkv, table_sums, pad_sums; // out: (B, H, W, 3D), (slices, entries, dim), (slices, 3D)
-  at::Tensor part_sums;                  // (tasks, 2, keys, dim): dk and dv where units have parts
+  at::Tensor part_sums;                  // (tasks, 2, keys, row_size): dk and dv where units have parts
   Wanted wanted;
 };
 
@@ -63,6 +64,7 @@ class Backward {
         packed_(packed),
         call_(call),
         key_tiles_(key_tiling(layout)),
+        query_tile_(layout.query_tile(layout.units() >= kEnoughTasks)),
         qkv_(call.qkv),
         grad_(call.grad),
         out_(call.out),
@@ -70,15 +72,15 @@ class Backward {
         pad_(call.pad.const_data_ptr<Io>()),
         lse_data_(call.lse.const_data_ptr<float>()),
         simd_(attention_kernels<Io, Tile>()),
-        queries_(layout, tables, packed, scratch_) {
+        queries_(layout, query_tile_, tables, packed, scratch_) {
     const int64_t row = layout.row_size, unit = key_tiles_.count * key_tiles_.size * row;
     k_rows_ = scratch_.take<Tile>(unit);
-    k_left_ = scratch_.take<Tile>(unit);
     v_rows_ = scratch_.take<Tile>(unit);
-    for (float** sums : {&dk_, &dv_}) *sums = scratch_.take<float>(layout.keys * layout.dim);
+    k_pairs_ = std::is_same_v<Tile, float> ? k_rows_ : scratch_.take<Tile>(unit);
+    for (float** sums : {&dk_, &dv_}) *sums = scratch_.take<float>(layout.keys * row);
     for (Tile** rows : {&do_rows_, &do_right_, &do_pairs_, &q_pairs_})
-      *rows = scratch_.take<Tile>(kQueryTile * row);
-    const int64_t tile = key_tiles_.size * kQueryTile;
+      *rows = scratch_.take<Tile>(query_tile_ * row);
+    const int64_t tile = key_tiles_.size * query_tile_;
     scores_ = scratch_.take<float>(tile);
     dp_ = scratch_.take<float>(tile);
     if constexpr (std::is_same_v<Tile, float>) {
@@ -87,18 +89,18 @@ class Backward {
     } else {
       for (Tile** rows : {&p_rows_, &ds_rows_, &ds_pairs_}) *rows = scratch_.take<Tile>(tile);
     }
-    for (float** rows : {&lse_, &delta_}) *rows = scratch_.take<float>(kQueryTile);
-    for (float** rows : {&dq_left_, &dq_rows_}) *rows = scratch_.take<float>(kQueryTile * row);
+    for (float** rows : {&lse_, &delta_}) *rows = scratch_.take<float>(query_tile_);
+    dq_rows_ = scratch_.take<float>(query_tile_ * row);
     if (!tables.defined()) return;
-    grad_h_ = scratch_.take<float>(kQueryTile * round_up(layout.window_h, kVector));
-    grad_w_ = scratch_.take<float>(kQueryTile * round_up(layout.window_w, kVector));
-    grad_products_ = scratch_.take<float>(kQueryTile * tables.stride);
+    grad_h_ = scratch_.take<float>(query_tile_ * round_up(layout.window_h, kVector));
+    grad_w_ = scratch_.take<float>(query_tile_ * round_up(layout.window_w, kVector));
+    grad_products_ = scratch_.take<float>(query_tile_ * tables.stride);
     if constexpr (std::is_same_v<Tile, float>) {
       grad_rows_ = grad_products_;
     } else {
-      grad_rows_ = scratch_.take<Tile>(kQueryTile * tables.stride);
+      grad_rows_ = scratch_.take<Tile>(query_tile_ * tables.stride);
+      grad_pairs_ = scratch_.take<Tile>(query_tile_ * tables.stride);
     }
-    grad_left_ = scratch_.take<Tile>(kQueryTile * tables.stride);
   }
 
   // All tasks of a slice, in order. Task t is part t % parts of the query tiles of unit t / parts.
@@ -110,7 +112,7 @@ class Backward {
   // Adds up the parts of a unit, and writes its dk and dv.
   void merge_parts(int64_t index) {
     slice_ = index; // there are at least as many slices as units here
-    const int64_t n = 2 * layout_.keys * layout_.dim;
+    const int64_t n = 2 * layout_.keys * layout_.row_size;
     const float* parts = call_.part_sums.const_data_ptr<float>() + index * cut_.parts * n;
     std::copy_n(parts, n / 2, dk_);
     std::copy_n(parts + n / 2, n / 2, dv_);
@@ -126,16 +128,18 @@ class Backward {
  private:
   void run_task(int64_t task) {
     const Unit unit = layout_.unit(task / cut_.parts);
-    const Tiling tiles(unit.queries(), kQueryTile);
+    const Tiling tiles(unit.queries(), query_tile_);
     const int64_t part = task % cut_.parts;
+    const int64_t first = tiles.count * part / cut_.parts, last = tiles.count * (part + 1) / cut_.parts;
     load_keys(unit);
-    const int64_t last = tiles.count * (part + 1) / cut_.parts;
-    for (int64_t t = tiles.count * part / cut_.parts; t < last; ++t) {
-      add_queries(unit, tiles.begin(t), tiles.length(t));
+    const int64_t n = layout_.keys * layout_.row_size;
+    if (first == last) {
+      std::fill_n(dk_, n, 0.0f);
+      std::fill_n(dv_, n, 0.0f);
     }
+    for (int64_t t = first; t < last; ++t) add_queries(unit, tiles.begin(t), tiles.length(t), t > first);
     if (!call_.wanted.keys()) return;
     if (cut_.parts == 1) return write_key_gradients(unit);
-    const int64_t n = layout_.keys * layout_.dim;
     float* sums = call_.part_sums.template data_ptr<float>() + task * 2 * n;
     std::copy_n(dk_, n, sums);
     std::copy_n(dv_, n, sums + n);
@@ -144,32 +148,30 @@ class Backward {
   void load_keys(const Unit& unit) {
     pack_window<Io, Tile>(layout_, qkv_, pad_, unit, 1, k_rows_);
     pack_window<Io, Tile>(layout_, qkv_, pad_, unit, 2, v_rows_);
-    transpose_keys<Io, Tile>(layout_, key_tiles_, k_rows_, k_left_);
-    std::fill_n(dk_, layout_.keys * layout_.dim, 0.0f);
-    std::fill_n(dv_, layout_.keys * layout_.dim, 0.0f);
+    if (call_.wanted.qkv) simd_.pair_rows(k_rows_, layout_.row_size, layout_.keys, k_pairs_);
   }
 
-  void add_queries(const Unit& unit, int64_t begin, int64_t n) {
+  // dk and dv are sums over query tiles: `more` after the first.
+  void add_queries(const Unit& unit, int64_t begin, int64_t n, bool more) {
     load_queries(unit, begin, n);
-    for (int64_t t = 0; t < key_tiles_.count; ++t) add_pair(t);
+    for (int64_t t = 0; t < key_tiles_.count; ++t) add_pair(t, more);
     if (tables_.defined()) load_bias_gradients();
     if (call_.wanted.tables()) add_table_gradients();
     if (call_.wanted.qkv) write_query_gradients(unit, begin);
   }
 
   void write_query_gradients(const Unit& unit, int64_t begin) {
-    const int64_t lanes = queries_.lanes, dim = layout_.dim, row = layout_.row_size;
-    for (int64_t i = 0; i < dim * lanes; ++i) dq_left_[i] *= layout_.scale;
-    simd_.transpose(dq_left_, lanes, nullptr, dim, lanes, dq_rows_, row);
+    const int64_t dim = layout_.dim, row = layout_.row_size;
+    simd_.scale_row(dq_rows_, layout_.scale, dq_rows_, queries_.count * row);
     if (tables_.defined()) {
-      tile_product(lanes, dim, depth<Tile>(tables_.entries), grad_rows_, tables_.stride,
+      tile_product(queries_.count, row, depth<Tile>(tables_.entries), grad_rows_, tables_.stride,
           packed_.of_gradient.data(), row, dq_rows_, row, true);
     }
-    for (int64_t i = 0; i < queries_.count; ++i) {
-      Io* to = dqkv_.at(unit, begin + i) + unit.head * dim;
-      simd_.write_row(dq_rows_ + i * row, to, dim);
+    for_queries(unit, begin, queries_.count, [&](int64_t i, int64_t y, int64_t x) {
+      Io* to = dqkv_.at(unit, y, x) + unit.head * dim;
+      simd_.write_row(dq_rows_ + i * row, 1.0f, to, dim);
       prefetch_next_head(to, dim);
-    }
+    });
   }
 
   void load_queries(const Unit& unit, int64_t begin, int64_t n) {
@@ -182,34 +184,38 @@ class Backward {
     // Lanes without a query add nothing: their q and do are zero.
     std::fill_n(lse_, queries_.lanes, 0.0f);
     std::fill_n(delta_, queries_.lanes, 0.0f);
-    for (int64_t i = 0; i < n; ++i) {
-      lse_[i] = lse_data_[layout_.lse_index(unit, begin + i)];
-      if (key_tiles_.count == 1) continue; // row_delta finds it
-      delta_[i] = simd_.dot(grad_.at(unit, begin + i) + first, out_.at(unit, begin + i) + first, layout_.dim);
-    }
+    for_queries(unit, begin, n, [&](int64_t i, int64_t y, int64_t x) {
+      lse_[i] = lse_data_[layout_.lse_index(unit, y, x)];
+      if (key_tiles_.count == 1) return; // row_delta finds it
+      delta_[i] = simd_.dot(grad_.at(unit, y, x) + first, out_.at(unit, y, x) + first, layout_.dim);
+    });
     if (!tables_.defined()) return;
     std::fill_n(grad_h_, queries_.lanes * layout_.window_h, 0.0f);
     std::fill_n(grad_w_, queries_.lanes * layout_.window_w, 0.0f);
   }
 
   // One tile of keys against the tile of queries.
-  void add_pair(int64_t t) {
-    const int64_t lanes = queries_.lanes, row = layout_.row_size, dim = layout_.dim;
+  void add_pair(int64_t t, bool more) {
+    const int64_t lanes = queries_.lanes, row = layout_.row_size;
     const int64_t keys = key_tiles_.length(t), first = key_tiles_.begin(t);
-    const int64_t dim_depth = depth<Tile>(dim);
+    const int64_t dim_depth = depth<Tile>(layout_.dim);
     tile_product(
         keys, lanes, dim_depth, k_rows_ + first * row, row, queries_.right, lanes, scores_, lanes, false);
     tile_product(keys, lanes, dim_depth, v_rows_ + first * row, row, do_right_, lanes, dp_, lanes, false);
     GradientTile tile{queries_.scores(first, keys), scores_, dp_, lse_, delta_, grad_h_, grad_w_};
-    if (key_tiles_.count == 1) simd_.row_delta(tile, delta_);
-    simd_.score_gradient(tile, p_rows_, ds_rows_, ds_pairs_);
+    const bool weighed = key_tiles_.count == 1;
+    if (weighed) simd_.row_delta(tile, delta_);
+    simd_.score_gradient(tile, weighed, p_rows_, ds_rows_, ds_pairs_);
     if (call_.wanted.keys()) {
-      tile_product(keys, dim, lanes, p_rows_, lanes, do_by_query_, row, dv_ + first * dim, dim, true);
-      tile_product(keys, dim, lanes, ds_rows_, lanes, q_by_query_, row, dk_ + first * dim, dim, true);
+      const int64_t depth_of_queries = depth<Tile>(queries_.count);
+      tile_product(
+          keys, row, depth_of_queries, p_rows_, lanes, do_by_query_, row, dv_ + first * row, row, more);
+      tile_product(
+          keys, row, depth_of_queries, ds_rows_, lanes, q_by_query_, row, dk_ + first * row, row, more);
     }
     if (call_.wanted.qkv) {
-      tile_product(dim, lanes, depth<Tile>(keys), k_left_ + first * row, key_tiles_.size, ds_pairs_, lanes,
-          dq_left_, lanes, t > 0);
+      tile_product_columns(queries_.count, row, depth<Tile>(keys), ds_pairs_, lanes, k_pairs_ + first * row,
+          row, dq_rows_, row, t > 0);
     }
   }
 
@@ -221,34 +227,35 @@ class Backward {
         grad_h_, lanes, layout_.window_h, queries_.count, grad_products_, stride, queries_.shift_h);
     simd_.transpose_into_shifted(
         grad_w_, lanes, layout_.window_w, queries_.count, grad_products_, stride, queries_.shift_w);
-    if (!std::is_same_v<Tile, float>) simd_.round_row(grad_products_, grad_rows_, lanes * stride);
+    grad_by_query_ = simd_.round_rows(grad_products_, stride, lanes, grad_rows_, grad_pairs_);
   }
 
   void add_table_gradients() {
-    const int64_t lanes = queries_.lanes, dim = layout_.dim, row = layout_.row_size;
-    simd_.transpose_left(grad_rows_, tables_.stride, lanes, tables_.entries, grad_left_, lanes);
+    const int64_t dim = layout_.dim;
     float* sums = call_.table_sums.template data_ptr<float>() + slice_ * tables_.entries * dim;
-    tile_product(tables_.entries, dim, lanes, grad_left_, lanes, q_by_query_, row, sums, dim, true);
+    tile_product_columns(tables_.entries, dim, depth<Tile>(queries_.count), grad_by_query_, tables_.stride,
+        q_by_query_, layout_.row_size, sums, dim, true);
   }
 
   void write_key_gradients(const Unit& unit) {
-    const int64_t dim = layout_.dim;
-    for (int64_t i = 0; i < layout_.keys * dim; ++i) dk_[i] *= layout_.scale;
-    const int64_t first = layout_.embed + unit.head * dim;
-    for (int64_t key = 0; key < layout_.keys; ++key) {
-      const int64_t y = key / layout_.window_w, x = key % layout_.window_w;
-      if (y < unit.rows && x < unit.columns) {
-        if (!call_.wanted.qkv) continue;
-        Io* to = dqkv_.at(unit.batch, unit.top + y, unit.left + x) + first;
-        simd_.write_row(dk_ + key * dim, to, dim);
-        simd_.write_row(dv_ + key * dim, to + layout_.embed, dim);
-        prefetch_next_head(to, dim);
-        prefetch_next_head(to + layout_.embed, dim);
-      } else if (call_.wanted.pad) {
-        float* sums = call_.pad_sums.template data_ptr<float>() + slice_ * 3 * layout_.embed + first;
-        for (int64_t c = 0; c < dim; ++c) {
-          sums[c] += dk_[key * dim + c];
-          sums[layout_.embed + c] += dv_[key * dim + c];
+    const int64_t dim = layout_.dim, row = layout_.row_size, embed = layout_.embed;
+    const int64_t first = embed + unit.head * dim;
+    const float *dk = dk_, *dv = dv_;
+    for (int64_t y = 0; y < layout_.window_h; ++y) {
+      for (int64_t x = 0; x < layout_.window_w; ++x, dk += row, dv += row) {
+        if (y < unit.rows && x < unit.columns) {
+          if (!call_.wanted.qkv) continue;
+          Io* to = dqkv_.at(unit, y, x) + first;
+          simd_.write_row(dk, layout_.scale, to, dim);
+          simd_.write_row(dv, 1.0f, to + embed, dim);
+          prefetch_next_head(to, dim);
+          prefetch_next_head(to + embed, dim);
+        } else if (call_.wanted.pad) {
+          float* sums = call_.pad_sums.template data_ptr<float>() + slice_ * 3 * embed + first;
+          for (int64_t c = 0; c < dim; ++c) {
+            sums[c] += dk[c] * layout_.scale;
+            sums[embed + c] += dv[c];
+          }
         }
       }
     }
@@ -260,6 +267,7 @@ class Backward {
   const PackedTables<Io, Tile>& packed_;
   const Call& call_;
   const Tiling key_tiles_;
+  const int64_t query_tile_;
   const Tokens<const Io> qkv_, grad_, out_;
   const Tokens<Io> dqkv_;
   const Io* pad_;
@@ -267,12 +275,12 @@ class Backward {
   const AttentionKernels<Io, Tile>& simd_;
   Scratch scratch_;
   QueryTile<Io, Tile> queries_;
-  Tile *k_rows_, *k_left_, *v_rows_;
+  Tile *k_rows_, *k_pairs_, *v_rows_;
   Tile *do_rows_, *do_right_, *do_pairs_, *q_pairs_, *p_rows_, *ds_rows_, *ds_pairs_;
-  const Tile *do_by_query_, *q_by_query_;
-  float *dk_, *dv_, *scores_, *dp_, *lse_, *delta_, *dq_left_, *dq_rows_;
+  const Tile *do_by_query_, *q_by_query_, *grad_by_query_ = nullptr;
+  float *dk_, *dv_, *scores_, *dp_, *lse_, *delta_, *dq_rows_;
   float *grad_h_ = nullptr, *grad_w_ = nullptr, *grad_products_ = nullptr;
-  Tile *grad_rows_ = nullptr, *grad_left_ = nullptr;
+  Tile *grad_rows_ = nullptr, *grad_pairs_ = nullptr;
   int64_t slice_ = 0;
 };
 
@@ -281,9 +289,12 @@ at::Tensor sum_rows(const at::Tensor& parts) {
   at::Tensor total = at::zeros(parts.sizes().slice(1), parts.options());
   const float* from = parts.const_data_ptr<float>();
   float* to = total.data_ptr<float>();
-  for (int64_t row = 0; row < parts.size(0); ++row, from += total.numel()) {
-    for (int64_t i = 0; i < total.numel(); ++i) to[i] += from[i];
-  }
+  const int64_t n = total.numel();
+  at::parallel_for(0, n, 1024, [&](int64_t begin, int64_t end) {
+    for (int64_t row = 0; row < parts.size(0); ++row) {
+      for (int64_t i = begin; i < end; ++i) to[i] += from[row * n + i];
+    }
+  });
   return total;
 }
 
@@ -326,7 +337,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rel_pos_attention_bac
   call.table_sums = at::zeros({call.wanted.tables() ? cut.slices : 0, tables.entries, layout.dim}, floats);
   call.pad_sums = at::zeros({call.wanted.pad ? cut.slices : 0, 3 * layout.embed}, floats);
   const bool parts = cut.parts > 1 && call.wanted.keys();
-  call.part_sums = at::empty({parts ? cut.tasks : 0, 2, layout.keys, layout.dim}, floats);
+  call.part_sums = at::empty({parts ? cut.tasks : 0, 2, layout.keys, layout.row_size}, floats);
   if (qkv.numel() > 0) {
     if (qkv.scalar_type() == at::kFloat) {
       backward<float, float>(layout, cut, tables, call);

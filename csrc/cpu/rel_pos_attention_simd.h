@@ -111,21 +111,23 @@ inline void exp_block(const ScoreTile& tile, int64_t lane, const float* scores, 
   add_all(sums + lane, total);
 }
 
-// After the maxima grew: what was summed under the old ones shrinks by exp(old - new).
+// After the maxima grew: what was summed under the old ones shrinks by exp(old - new), which replaces `old`.
 inline void rescale(
-    int64_t lanes, const float* old_largest, const float* largest, float* sums, float* out, int64_t rows) {
-  bool grew = false;
-  for (int64_t q = 0; q < lanes; ++q) grew |= !(old_largest[q] == largest[q]);
-  if (!grew) return;
+    int64_t lanes, float* old_largest, const float* largest, float* sums, float* out, int64_t row) {
   for (int64_t q = 0; q < lanes; q += kLanes) {
     const VecF factor = exp(load(old_largest + q) - load(largest + q));
     store(sums + q, load(sums + q) * factor);
-    for (int64_t r = 0; r < rows; ++r) store(out + r * lanes + q, load(out + r * lanes + q) * factor);
+    store(old_largest + q, factor);
+  }
+  for (int64_t q = 0; q < lanes; ++q) {
+    const float factor = old_largest[q];
+    if (factor == 1.0f) continue;
+    for (int64_t c = 0; c < row; c += kLanes) store(out + q * row + c, load(out + q * row + c) * factor);
   }
 }
 
 // delta = sum p dp / sum p, where all keys of the queries are in this tile. More exact than do . out: where keys
-// are alike, or one takes all, dp - delta is a small difference of two large numbers.
+// are alike, or one takes all, dp - delta is a small difference of two large numbers. Leaves p in scores.
 template <bool kBias, int kVectors>
 inline void delta_block(const GradientTile& tile, int64_t lane, float* delta) {
   VecF lse[kVectors], total[kVectors], weighted[kVectors], p[kVectors];
@@ -133,7 +135,9 @@ inline void delta_block(const GradientTile& tile, int64_t lane, float* delta) {
   for (int v = 0; v < kVectors; ++v) total[v] = weighted[v] = VecF{};
   KeyCursor key(tile);
   for (int64_t k = 0; k < tile.keys; ++k, key.next()) {
-    exp_key<kBias, 5>(tile.scores + k * tile.lanes, key, lane, lse, p);
+    float* scores = tile.scores + k * tile.lanes;
+    exp_key<kBias, 5>(scores, key, lane, lse, p);
+    store_all(scores + lane, p);
     for (int v = 0; v < kVectors; ++v) {
       total[v] += p[v];
       weighted[v] += p[v] * load(tile.dp + k * tile.lanes + lane + v * kLanes);
@@ -143,37 +147,59 @@ inline void delta_block(const GradientTile& tile, int64_t lane, float* delta) {
   store_all(delta + lane, weighted);
 }
 
-// One key of the backward pass: p = exp(logit - lse), ds = p * (dp - delta), and ds added to its two biases.
-template <bool kBias, int kDegree, int kVectors>
-RSK_INLINE void gradient_key(const GradientTile& tile, const float* scores, const float* dp,
-    const KeyCursor& key, int64_t lane, const VecF (&lse)[kVectors], const VecF (&delta)[kVectors],
-    VecF (&p)[kVectors], VecF (&ds)[kVectors]) {
-  exp_key<kBias, kDegree>(scores, key, lane, lse, p);
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t at = lane + v * kLanes;
-    ds[v] = p[v] * (load(dp + at) - delta[v]);
-    if constexpr (kBias) {
-      float* h = tile.grad_h + key.row * tile.lanes + at;
-      float* w = tile.grad_w + key.column * tile.lanes + at;
-      store(h, load(h) + ds[v]);
-      store(w, load(w) + ds[v]);
+// The sums of ds over the keys of one grid row, in registers until the row is complete.
+template <bool kBias, int kVectors>
+struct RowSum {
+  const GradientTile& tile;
+  int64_t lane, row;
+  VecF sums[kVectors];
+
+  RSK_INLINE RowSum(const GradientTile& t, int64_t first_lane) : tile(t), lane(first_lane), row(-1) {}
+  RSK_INLINE void add(const KeyCursor& key, const VecF (&ds)[kVectors]) {
+    if constexpr (!kBias) return;
+    if (key.row != row) {
+      flush();
+      row = key.row;
+      for (int v = 0; v < kVectors; ++v) sums[v] = VecF{};
     }
+    for (int v = 0; v < kVectors; ++v) sums[v] += ds[v];
+    add_all(tile.grad_w + key.column * tile.lanes + lane, ds);
   }
+  RSK_INLINE void flush() {
+    if constexpr (!kBias) return;
+    if (row >= 0) add_all(tile.grad_h + row * tile.lanes + lane, sums);
+  }
+};
+
+// One key of the backward pass: p = exp(logit - lse), unless row_delta left it in scores, ds = p * (dp - delta).
+template <bool kBias, bool kWeighed, int kDegree, int kVectors>
+RSK_INLINE void gradient_key(const GradientTile& tile, int64_t k, const KeyCursor& key, int64_t lane,
+    const VecF (&lse)[kVectors], const VecF (&delta)[kVectors], VecF (&p)[kVectors], VecF (&ds)[kVectors]) {
+  const float *scores = tile.scores + k * tile.lanes, *dp = tile.dp + k * tile.lanes;
+  if constexpr (kWeighed) {
+    load_all(scores + lane, p);
+  } else {
+    exp_key<kBias, kDegree>(scores, key, lane, lse, p);
+  }
+  for (int v = 0; v < kVectors; ++v) ds[v] = p[v] * (load(dp + lane + v * kLanes) - delta[v]);
 }
 
 // fp32: probabilities over scores, ds over dp.
-template <bool kBias, int kVectors>
+template <bool kBias, bool kWeighed, int kVectors>
 inline void gradient_block(const GradientTile& tile, int64_t lane, float* p_rows, float* ds_rows, float*) {
   VecF lse[kVectors], delta[kVectors], p[kVectors], ds[kVectors];
   load_all(tile.lse + lane, lse);
   load_all(tile.delta + lane, delta);
+  RowSum<kBias, kVectors> row_sum(tile, lane);
   KeyCursor key(tile);
   for (int64_t k = 0; k < tile.keys; ++k, key.next()) {
-    const int64_t at = k * tile.lanes;
-    gradient_key<kBias, 5>(tile, tile.scores + at, tile.dp + at, key, lane, lse, delta, p, ds);
-    store_all(p_rows + at + lane, p);
-    store_all(ds_rows + at + lane, ds);
+    const int64_t at = k * tile.lanes + lane;
+    gradient_key<kBias, kWeighed, 5>(tile, k, key, lane, lse, delta, p, ds);
+    row_sum.add(key, ds);
+    if constexpr (!kWeighed) store_all(p_rows + at, p);
+    store_all(ds_rows + at, ds);
   }
+  row_sum.flush();
 }
 
 template <int kVectors>
@@ -181,32 +207,36 @@ RSK_INLINE void store_all(c10::BFloat16* to, const VecF (&from)[kVectors]) {
   for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, from[v]);
 }
 
-// bf16: ds is a left operand of one product (rows) and a right operand of another (pairs of keys).
-template <bool kBias, int kVectors>
+// bf16: ds is a left operand of two products, by rows and by columns (pairs of keys).
+template <bool kBias, bool kWeighed, int kVectors>
 inline void gradient_block(const GradientTile& tile, int64_t lane, c10::BFloat16* p_rows,
     c10::BFloat16* ds_rows, c10::BFloat16* ds_pairs) {
   VecF lse[kVectors], delta[kVectors], p[kVectors], even[kVectors], odd[kVectors];
   load_all(tile.lse + lane, lse);
   load_all(tile.delta + lane, delta);
+  RowSum<kBias, kVectors> row_sum(tile, lane);
   KeyCursor key(tile);
   for (int64_t k = 0; k < tile.keys; k += 2) {
-    int64_t at = k * tile.lanes;
-    gradient_key<kBias, 3>(tile, tile.scores + at, tile.dp + at, key, lane, lse, delta, p, even);
-    store_all(p_rows + at + lane, p);
-    store_all(ds_rows + at + lane, even);
+    int64_t at = k * tile.lanes + lane;
+    gradient_key<kBias, kWeighed, 3>(tile, k, key, lane, lse, delta, p, even);
+    row_sum.add(key, even);
+    store_all(p_rows + at, p);
+    store_all(ds_rows + at, even);
     key.next();
     for (int v = 0; v < kVectors; ++v) odd[v] = VecF{};
     if (k + 1 < tile.keys) {
       at += tile.lanes;
-      gradient_key<kBias, 3>(tile, tile.scores + at, tile.dp + at, key, lane, lse, delta, p, odd);
-      store_all(p_rows + at + lane, p);
-      store_all(ds_rows + at + lane, odd);
+      gradient_key<kBias, kWeighed, 3>(tile, k + 1, key, lane, lse, delta, p, odd);
+      row_sum.add(key, odd);
+      store_all(p_rows + at, p);
+      store_all(ds_rows + at, odd);
       key.next();
     }
     for (int v = 0; v < kVectors; ++v) {
       store_pairs(ds_pairs + k * tile.lanes + 2 * (lane + v * kLanes), even[v], odd[v]);
     }
   }
+  row_sum.flush();
 }
 
 // Queries go four vectors at a time, the rest one by one. tile.lanes is a multiple of 16.
@@ -234,9 +264,26 @@ inline void row_delta(const GradientTile& tile, float* delta) {
   RSK_FOR_BLOCKS(delta_block, delta);
 }
 
+template <bool kBias, int kVectors, typename Tile>
+RSK_INLINE void weighed_gradient_block(
+    const GradientTile& tile, int64_t lane, Tile* p_rows, Tile* ds_rows, Tile* ds_pairs) {
+  gradient_block<kBias, true, kVectors>(tile, lane, p_rows, ds_rows, ds_pairs);
+}
+
+template <bool kBias, int kVectors, typename Tile>
+RSK_INLINE void whole_gradient_block(
+    const GradientTile& tile, int64_t lane, Tile* p_rows, Tile* ds_rows, Tile* ds_pairs) {
+  gradient_block<kBias, false, kVectors>(tile, lane, p_rows, ds_rows, ds_pairs);
+}
+
 template <typename Tile>
-inline void score_gradient(const GradientTile& tile, Tile* p_rows, Tile* ds_rows, Tile* ds_pairs) {
-  RSK_FOR_BLOCKS(gradient_block, p_rows, ds_rows, ds_pairs);
+inline void score_gradient(
+    const GradientTile& tile, bool weighed, Tile* p_rows, Tile* ds_rows, Tile* ds_pairs) {
+  if (weighed) {
+    RSK_FOR_BLOCKS(weighed_gradient_block, p_rows, ds_rows, ds_pairs);
+  } else {
+    RSK_FOR_BLOCKS(whole_gradient_block, p_rows, ds_rows, ds_pairs);
+  }
 }
 
 #undef RSK_FOR_BLOCKS
@@ -244,12 +291,13 @@ inline void score_gradient(const GradientTile& tile, Tile* p_rows, Tile* ds_rows
 template <typename Io, typename Tile>
 inline constexpr AttentionKernels<Io, Tile> kAttentionKernels = {
     copy_row<Io, Tile>,
-    copy_row<float, Io>,
-    copy_row<float, Tile>,
+    pack_two,
+    write_row<Io>,
+    write_row<float>,
     dot<Io>,
-    transpose_left,
     transpose_right,
     pair_rows,
+    round_rows,
     transpose,
     transpose_into_shifted,
     row_max,

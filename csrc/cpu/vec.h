@@ -26,6 +26,29 @@ RSK_INLINE void store(float* p, VecF x) {
   *reinterpret_cast<LooseF*>(p) = x;
 }
 
+// The first n lanes, 0 < n <= kLanes; the others are 0, their memory is not touched.
+RSK_INLINE VecF load_first(const float* p, int64_t n) {
+#if RSK_LEVEL >= 2
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  VecF x{};
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (lane < n) x[lane] = p[lane];
+  }
+  return x;
+#endif
+}
+
+RSK_INLINE void store_first(float* p, VecF x, int64_t n) {
+#if RSK_LEVEL >= 2
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), x);
+#else
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (lane < n) p[lane] = x[lane];
+  }
+#endif
+}
+
 // The larger of the two, and y where either is NaN (what the processor's own instruction does).
 RSK_INLINE VecF vmax(VecF x, VecF y) {
 #if RSK_LEVEL >= 2

@@ -63,13 +63,10 @@ void run_tasks(int64_t tasks, int64_t run, const Make& make) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min<int64_t>(tasks, at::get_num_threads());
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    {
-      auto worker = make();
-      for (int64_t begin = next.fetch_add(run); begin < tasks; begin = next.fetch_add(run)) {
-        for (int64_t task = begin; task < std::min(begin + run, tasks); ++task) worker.run(task);
-      }
+    auto worker = make();
+    for (int64_t begin = next.fetch_add(run); begin < tasks; begin = next.fetch_add(run)) {
+      for (int64_t task = begin; task < std::min(begin + run, tasks); ++task) worker.run(task);
     }
-    tile_release();
   });
 }
 

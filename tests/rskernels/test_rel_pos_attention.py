@@ -132,6 +132,8 @@ CASES = [
     Case(height=1, width=1, dim=17, heads=1),
     Case(height=5, width=3, window=7, dim=256, heads=1),
     Case(height=40, width=7, dim=33),
+    Case(height=17, width=19, dim=24),  # an odd number of keys in several tiles
+    Case(window=14, height=28, width=42, dim=16, heads=4),  # windows enough: all their queries in one tile
 ]
 
 
@@ -483,6 +485,6 @@ if __name__ == "__main__":  # one instruction set, see test_every_instruction_se
     from rskernels import _C
 
     assert _C.cpu_capability() == sys.argv[1]
-    for each in (CASES[0], CASES[1], CASES[2], CASES[6], CASES[8]):
+    for each in (CASES[0], CASES[1], CASES[2], CASES[6], CASES[8], *CASES[11:]):
         compare(each, torch.float32)
         compare(each, torch.bfloat16)
