@@ -10,7 +10,6 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <tuple>
@@ -41,7 +40,8 @@ constexpr int64_t kFewKeys = 64, kFewQueries = 16, kSmallDim = 64;
 
 } // namespace
 
-Layout::Layout(const at::Tensor& q, const at::Tensor& k, double scale_, bool drop_first_)
+Layout::Layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+    const std::optional<at::Tensor>& mask, double scale_, bool drop_first_)
     : batch(q.size(0)),
       heads(q.size(1)),
       queries(q.size(2)),
@@ -52,6 +52,8 @@ Layout::Layout(const at::Tensor& q, const at::Tensor& k, double scale_, bool dro
       drop_first(drop_first_),
       query_tiles(queries, dim > kLargeDim ? kLargestQueryTile / 2 : kLargestQueryTile),
       key_tiles(keys, kLargestKeyTile),
+      few_queries(queries <= kFewQueries && keys > kLargestKeyTile && dim <= kSmallDim && !mask.has_value() &&
+                  k.size(0) == batch && v.size(0) == batch),
       vector_products(dim <= kSmallDim && (keys <= kFewKeys || queries <= kFewQueries)),
       group(keys <= kFewKeys && dim <= kSmallDim ? heads : 1),
       key_parts(1) {
@@ -127,7 +129,7 @@ class Forward : Worker<Io, Tile> {
     for (Tile** rows : {&k_rows_, &v_rows_})
       *rows = scratch_.template take<Tile>(this->keys_size() * layout.group);
     if (!layout.vector_products) v_left_ = scratch_.template take<Tile>(this->keys_size() * layout.group);
-    for (Tile** rows : {&q_rows_, &q_right_}) *rows = scratch_.template take<Tile>(queries * row);
+    q_right_ = scratch_.template take<Tile>(queries * row);
     scores_ = scratch_.template take<float>(layout.key_tiles.size * queries);
     if constexpr (std::is_same_v<Tile, float>) {
       p_ = scores_;
@@ -179,8 +181,8 @@ class Forward : Worker<Io, Tile> {
     const bool alone = layout_.key_parts == 1;
     set_result(
         alone ? own_result_ : parts_.at(task.batch * layout_.heads + head, query_tile, task.key_part), lanes);
-    this->pack_queries(q_, task.batch, head, layout_.query_tiles.begin(query_tile), count, q_rows_);
-    simd_.transpose_right(q_rows_, layout_.row_size, lanes, layout_.dim, q_right_, lanes);
+    const int64_t begin = layout_.query_tiles.begin(query_tile);
+    simd_.load_columns(q_.at(task.batch, head, begin), q_.stride, count, layout_.dim, q_right_, lanes);
     std::fill_n(largest_, lanes, std::numeric_limits<float>::lowest());
     std::fill_n(sums_, lanes, 0.0f);
     bool first = true;
@@ -211,10 +213,7 @@ class Forward : Worker<Io, Tile> {
   void write(int64_t batch, int64_t head, int64_t query_tile) {
     const int64_t count = layout_.query_tiles.length(query_tile), first = layout_.query_tiles.begin(query_tile);
     float* lse = lse_ + (batch * layout_.heads + head) * layout_.queries + first;
-    for (int64_t i = 0; i < count; ++i) {
-      factors_[i] = 1.0f / sums_[i];
-      lse[i] = largest_[i] + std::log(sums_[i]);
-    }
+    simd_.finish(count, largest_, sums_, factors_, lse);
     simd_.write_columns(out_t_, round_up(count, kVector), layout_.dim, factors_, count,
         out_.at(batch, head, first), out_.stride);
   }
@@ -225,7 +224,7 @@ class Forward : Worker<Io, Tile> {
   const Rows<const Io> q_, k_, v_;
   const Rows<Io> out_;
   float* lse_;
-  Tile *k_rows_, *v_rows_, *v_left_ = nullptr, *q_rows_, *q_right_, *p_;
+  Tile *k_rows_, *v_rows_, *v_left_ = nullptr, *q_right_, *p_;
   float *scores_, *old_largest_, *factors_, *own_result_;
   float *out_t_, *largest_, *sums_; // of the query tile at hand
 };
@@ -256,7 +255,11 @@ std::tuple<at::Tensor, at::Tensor> cross_attention_forward(const at::Tensor& q, 
       empty_tokens(q.size(0), q, q.size(2)),
       at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat))};
   if (q.numel() == 0) return {call.out, call.lse};
-  const Layout layout(q, k, scale, drop_first_key_value);
+  const Layout layout(q, k, v, mask, scale, drop_first_key_value);
+  if (layout.few_queries) {
+    forward_of_few_queries(layout, call.q, call.k, call.v, call.out, call.lse);
+    return {call.out, call.lse};
+  }
   const Mask bits(layout, mask);
   if (q.scalar_type() == at::kFloat) {
     forward<float, float>(layout, bits, call);

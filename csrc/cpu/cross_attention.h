@@ -8,6 +8,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/BFloat16.h>
 
+#include <array>
 #include <optional>
 #include <vector>
 
@@ -51,9 +52,9 @@ struct Kernels {
       Io* to, int64_t to_stride);
   void (*transpose_left)(
       const Tile* from, int64_t from_stride, int64_t rows, int64_t columns, Tile* to, int64_t to_stride);
-  void (*transpose_right)(
-      const Tile* from, int64_t from_stride, int64_t rows, int64_t columns, Tile* to, int64_t to_stride);
-  const Tile* (*pair_rows)(const Tile* from, int64_t stride, int64_t rows, Tile* to);
+  void (*load_rows)(
+      const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Tile* to, int64_t to_stride);
+  void (*load_columns)(const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Tile* to, int64_t lanes);
   void (*product)(int64_t m, int64_t n, int64_t k, const float* a, int64_t row_step, int64_t depth_step,
       const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate);
   void (*row_max)(const ScoreTile& tile, const float* scores, float* largest);
@@ -62,10 +63,15 @@ struct Kernels {
       int64_t lanes, const float* old_largest, const float* largest, float* sums, float* out, int64_t rows);
   void (*merge)(int64_t parts, int64_t part_size, int64_t lanes, int64_t dim, const float* from, float* out,
       float* largest, float* sums);
+  void (*finish)(int64_t count, const float* largest, const float* sums, float* factors, float* lse);
   void (*dot_rows)(
       const Io* a, int64_t a_stride, const Io* b, int64_t b_stride, int64_t rows, int64_t dim, float* out);
   void (*row_delta)(const GradientTile& tile, float* delta);
   void (*score_gradient)(const GradientTile& tile, Tile* p_rows, Tile* ds_rows, Tile* ds_pairs);
+  void (*softmax_rows)(
+      int64_t rows, int64_t keys, int64_t lanes, float scale, float* scores, float* largest, float* sums);
+  void (*gradient_rows)(int64_t rows, int64_t keys, int64_t lanes, float scale, const float* lse,
+      const float* delta, float* scores, float* dp);
 };
 
 template <typename Io, typename Tile>
@@ -78,11 +84,13 @@ struct Layout {
   float scale;
   bool drop_first;
   Tiling query_tiles, key_tiles;
+  bool few_queries;     // on many keys: scores lie queries x keys, see cross_attention_few_queries.cpp
   bool vector_products; // products of small sizes are done in place, by our own vector code
   int64_t group;        // heads of a task: all where keys are few, so that rows of tokens are read whole
   int64_t key_parts;    // few queries on many keys: the keys are cut, results are merged part after part
 
-  Layout(const at::Tensor& q, const at::Tensor& k, double scale, bool drop_first);
+  Layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask,
+      double scale, bool drop_first);
   int64_t groups() const { return heads / group; }
   int64_t units() const { return batch * heads; }
 };
@@ -137,6 +145,13 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& t) {
 
 // (B, heads, tokens, dim) whose memory is (B, tokens, heads, dim), as projections before and after want it.
 at::Tensor empty_tokens(int64_t batch, const at::Tensor& like, int64_t tokens);
+
+// The passes of few queries on many keys.
+void forward_of_few_queries(const Layout& layout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+    const at::Tensor& out, const at::Tensor& lse);
+void backward_of_few_queries(const Layout& layout, const at::Tensor& grad, const at::Tensor& q,
+    const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
+    const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, const std::array<bool, 3>& wanted);
 
 // mask (B, Q, M) as bits along the queries; a row that attends nowhere attends everywhere.
 class Mask {
@@ -216,13 +231,6 @@ class Worker {
   Left<Tile> by_channel(const Tile* rows, const Tile* transposed, int64_t at) const {
     if (layout_.vector_products) return {rows + at, 1, layout_.row_size};
     return {transposed + at, layout_.key_tiles.size, 1};
-  }
-
-  // `count` rows of queries, or of their gradients; lanes beyond the last are zero.
-  void pack_queries(
-      const Rows<const Io>& rows, int64_t batch, int64_t head, int64_t first, int64_t count, Tile* to) const {
-    simd_.pack_rows(rows.at(batch, head, first), rows.stride, count, layout_.dim, to, layout_.row_size);
-    std::fill(to + count * layout_.row_size, to + round_up(count, kVector) * layout_.row_size, Tile(0));
   }
 
   const Layout& layout_;

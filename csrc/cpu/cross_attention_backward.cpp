@@ -65,7 +65,7 @@ class Backward : Worker<Io, Tile> {
     for (Tile** rows : {&k_rows_, &v_rows_}) *rows = take<Tile>(keys * layout.group);
     if (!layout.vector_products) k_left_ = take<Tile>(keys * layout.group);
     if (!call.key_sums.defined() && call.keys()) own_sums_ = take<float>(2 * keys * layout.group);
-    for (Tile** rows : {&q_rows_, &q_right_, &do_rows_, &do_right_}) *rows = take<Tile>(queries * row);
+    for (Tile** rows : {&q_right_, &q_by_query_, &do_right_, &do_by_query_}) *rows = take<Tile>(queries * row);
     const int64_t tile = layout.key_tiles.size * queries;
     scores_ = take<float>(tile);
     dp_ = take<float>(tile);
@@ -73,7 +73,6 @@ class Backward : Worker<Io, Tile> {
       p_rows_ = scores_;
       ds_rows_ = ds_pairs_ = dp_;
     } else {
-      for (Tile** rows : {&q_pairs_, &do_pairs_}) *rows = take<Tile>(queries * row);
       for (Tile** rows : {&p_rows_, &ds_rows_, &ds_pairs_}) *rows = take<Tile>(tile);
     }
     for (float** lanes : {&lse_, &delta_, &factors_}) *lanes = take<float>(queries);
@@ -198,19 +197,18 @@ class Backward : Worker<Io, Tile> {
     const int64_t head = task.head + h, row = layout_.row_size, dim = layout_.dim;
     const int64_t first = layout_.query_tiles.begin(query_tile), count = layout_.query_tiles.length(query_tile);
     const int64_t lanes = round_up(count, kVector);
-    this->pack_queries(q_, task.batch, head, first, count, q_rows_);
-    this->pack_queries(grad_, task.batch, head, first, count, do_rows_);
-    simd_.transpose_right(q_rows_, row, lanes, dim, q_right_, lanes);
-    simd_.transpose_right(do_rows_, row, lanes, dim, do_right_, lanes);
-    q_by_query_ = simd_.pair_rows(q_rows_, row, lanes, q_pairs_);
-    do_by_query_ = simd_.pair_rows(do_rows_, row, lanes, do_pairs_);
+    const Io* q = q_.at(task.batch, head, first);
+    const Io* grad = grad_.at(task.batch, head, first);
+    simd_.load_columns(q, q_.stride, count, dim, q_right_, lanes);
+    simd_.load_columns(grad, grad_.stride, count, dim, do_right_, lanes);
+    simd_.load_rows(q, q_.stride, count, dim, q_by_query_, row);
+    simd_.load_rows(grad, grad_.stride, count, dim, do_by_query_, row);
     // Lanes without a query add nothing: their q and do are zero.
     std::fill(lse_ + count, lse_ + lanes, 0.0f);
     std::fill(delta_ + count, delta_ + lanes, 0.0f);
     std::copy_n(lse_data_ + (task.batch * layout_.heads + head) * layout_.queries + first, count, lse_);
     if (layout_.key_tiles.count == 1) return; // row_delta finds delta
-    simd_.dot_rows(grad_.at(task.batch, head, first), grad_.stride, out_.at(task.batch, head, first),
-        out_.stride, count, dim, delta_);
+    simd_.dot_rows(grad, grad_.stride, out_.at(task.batch, head, first), out_.stride, count, dim, delta_);
   }
 
   // Tile t of the task's keys against the tile of queries.
@@ -262,9 +260,8 @@ class Backward : Worker<Io, Tile> {
   const Rows<const Io> q_, k_, v_, grad_, out_;
   const Rows<Io> dq_, dk_out_, dv_out_;
   const float* lse_data_;
-  Tile *k_rows_, *v_rows_, *k_left_ = nullptr, *q_rows_, *q_right_, *do_rows_, *do_right_;
-  Tile *q_pairs_ = nullptr, *do_pairs_ = nullptr, *p_rows_, *ds_rows_, *ds_pairs_;
-  const Tile *q_by_query_, *do_by_query_;
+  Tile *k_rows_, *v_rows_, *k_left_ = nullptr, *q_right_, *q_by_query_, *do_right_, *do_by_query_;
+  Tile *p_rows_, *ds_rows_, *ds_pairs_;
   float *own_sums_ = nullptr, *merged_ = nullptr, *scores_, *dp_, *lse_, *delta_, *factors_, *own_dq_;
 };
 
@@ -313,7 +310,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_attention_backward(const at
   call.out = with_contiguous_rows(out);
   call.lse = lse.contiguous();
 
-  const Layout layout(q, k, scale, drop_first_key_value);
+  const Layout layout(q, k, v, mask, scale, drop_first_key_value);
+  if (layout.few_queries) {
+    backward_of_few_queries(
+        layout, call.grad, call.q, call.k, call.v, call.out, call.lse, call.dq, call.dk, call.dv, wanted);
+    return {call.dq, call.dk, call.dv};
+  }
   const Cut cut = cut_of(layout);
   const Mask bits(layout, mask);
   const auto floats = q.options().dtype(at::kFloat);

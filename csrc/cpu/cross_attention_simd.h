@@ -14,13 +14,72 @@ typedef uint8_t LooseB __attribute__((vector_size(kLanes), aligned(1), may_alias
 
 // ---------------------------------------------------------------- rows in, rows out
 
+template <typename Io>
+RSK_INLINE VecF load_first(const Io* from, int64_t n) {
+  if (n >= kLanes) return load(from);
+  float values[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) values[i] = static_cast<float>(from[i]);
+  return load(values);
+}
+
+// Rows as they are. The heads of a token lie side by side, so that the rows of one head are far apart: fetched
+// ahead by hand.
 template <typename Io, typename Tile>
 inline void pack_rows(
     const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Tile* to, int64_t to_stride) {
+  constexpr int64_t kAhead = 16;
   for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride) {
-    int64_t c = 0;
-    for (; c + kLanes <= dim; c += kLanes) store(to + c, load(from + c));
-    for (; c < dim; ++c) to[c] = static_cast<Tile>(static_cast<float>(from[c]));
+    if (r + kAhead < rows) {
+      for (int64_t c = 0; c < dim; c += 64 / sizeof(Io)) __builtin_prefetch(from + kAhead * from_stride + c);
+    }
+    for (int64_t c = 0; c < dim; c += kLanes) store(to + c, load_first(from + c, dim - c));
+  }
+}
+
+// Rows as a right operand; rows that are missing from the last vector of lanes are zero. In bf16 pairs of rows.
+template <typename Io>
+inline void load_rows(
+    const Io* from, int64_t from_stride, int64_t rows, int64_t dim, float* to, int64_t to_stride) {
+  pack_rows(from, from_stride, rows, dim, to, to_stride);
+  for (int64_t r = rows; r % kVector != 0; ++r) std::memset(to + r * to_stride, 0, to_stride * sizeof(float));
+}
+
+template <typename Io>
+inline void load_rows(
+    const Io* from, int64_t from_stride, int64_t rows, int64_t dim, c10::BFloat16* to, int64_t to_stride) {
+  for (int64_t r = 0; r < (rows + kVector - 1) / kVector * kVector; r += 2) {
+    for (int64_t c = 0; c < dim; c += kLanes) {
+      const Io* row = from + r * from_stride + c;
+      const VecF even = r < rows ? load_first(row, dim - c) : VecF{};
+      const VecF odd = r + 1 < rows ? load_first(row + from_stride, dim - c) : VecF{};
+      store_pairs(to + r * to_stride + 2 * c, even, odd);
+    }
+  }
+}
+
+// Rows of `to` are columns of a right operand, (dim x lanes): in bf16 pairs of rows.
+RSK_INLINE void store_square(float* to, int64_t lanes, const VecF (&square)[kLanes], int64_t rows) {
+  for (int64_t i = 0; i < kLanes && i < rows; ++i) store(to + i * lanes, square[i]);
+}
+
+RSK_INLINE void store_square(c10::BFloat16* to, int64_t lanes, const VecF (&square)[kLanes], int64_t rows) {
+  for (int64_t i = 0; i < kLanes && i < rows; i += 2) store_pairs(to + i * lanes, square[i], square[i + 1]);
+}
+
+// Rows, transposed, as a right operand; lanes beyond the last row are zero.
+template <typename Io, typename Tile>
+inline void load_columns(
+    const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Tile* to, int64_t lanes) {
+  for (int64_t r = 0; r < lanes; r += kLanes) {
+    for (int64_t c = 0; c < dim; c += kLanes) {
+      VecF square[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        square[i] = r + i < rows ? load_first(from + (r + i) * from_stride + c, dim - c) : VecF{};
+      }
+      transpose_square(square);
+      // Pairs lie in one row of 2 * lanes values.
+      store_square(to + c * lanes + (std::is_same_v<Tile, float> ? r : 2 * r), lanes, square, dim - c);
+    }
   }
 }
 
@@ -255,6 +314,29 @@ inline void merge(int64_t parts, int64_t part_size, int64_t lanes, int64_t dim, 
   }
 }
 
+// The natural logarithm of positive numbers; NaN stays NaN. With x = 2^e m, m near 1, s = (m - 1) / (m + 1):
+// log m = 2 (s + s^3 / 3 + s^5 / 5 + ...).
+RSK_INLINE VecF log(VecF x) {
+  constexpr int32_t kHalfRoot = 0x3f3504f3; // sqrt(0.5)
+  const VecI shifted = (VecI)x - kHalfRoot;
+  const VecF exponent = __builtin_convertvector(shifted >> 23, VecF);
+  const VecF m = (VecF)((shifted & 0x007fffff) + kHalfRoot);
+  const VecF s = (m - 1.0f) / (m + 1.0f), s2 = s * s;
+  VecF p = s2 * (2.0f / 9) + 2.0f / 7;
+  p = p * s2 + 2.0f / 5;
+  p = p * s2 + 2.0f / 3;
+  return exponent * 0.693147181f + (s * 2.0f + s * s2 * p) + (x - x);
+}
+
+// The factors that make out of its sums, and the log-sum-exp of `count` queries.
+inline void finish(int64_t count, const float* largest, const float* sums, float* factors, float* lse) {
+  for (int64_t q = 0; q < count; q += kLanes) {
+    const VecF sum = load(sums + q);
+    store(factors + q, 1.0f / sum);
+    store_first(lse + q, load(largest + q) + log(sum), count - q);
+  }
+}
+
 // ---------------------------------------------------------------- gradient
 
 // delta = do . out
@@ -363,22 +445,64 @@ inline void score_gradient(const GradientTile& tile, Tile* p_rows, Tile* ds_rows
 
 #undef RSK_FOR_BLOCKS
 
+// ---------------------------------------------------------------- few queries: scores as queries x keys
+
+RSK_INLINE VecF first_or(float otherwise, VecF x, int64_t n) {
+  for (int64_t i = n; i < kLanes; ++i) x[i] = otherwise;
+  return x;
+}
+
+// Softmax of rows up to a factor, in place; lanes beyond the last key become 0.
+inline void softmax_rows(
+    int64_t rows, int64_t keys, int64_t lanes, float scale, float* scores, float* largest, float* sums) {
+  for (int64_t r = 0; r < rows; ++r, scores += lanes) {
+    VecF best = splat(kLowest), total{};
+    for (int64_t k = 0; k < keys; k += kLanes) {
+      best = vmax(best, first_or(kLowest, load(scores + k) * scale, keys - k));
+    }
+    float shift = best[0];
+    for (int lane = 1; lane < kLanes; ++lane) shift = best[lane] > shift ? best[lane] : shift;
+    for (int64_t k = 0; k < lanes; k += kLanes) {
+      const VecF p = first_or(0.0f, exp2<5>((load(scores + k) * scale - shift) * kLog2e), keys - k);
+      total += p;
+      store(scores + k, p);
+    }
+    largest[r] = shift;
+    sums[r] = sum_lanes(total);
+  }
+}
+
+// p over scores, ds over dp.
+inline void gradient_rows(int64_t rows, int64_t keys, int64_t lanes, float scale, const float* lse,
+    const float* delta, float* scores, float* dp) {
+  for (int64_t r = 0; r < rows; ++r, scores += lanes, dp += lanes) {
+    for (int64_t k = 0; k < lanes; k += kLanes) {
+      const VecF p = first_or(0.0f, exp2<5>((load(scores + k) * scale - lse[r]) * kLog2e), keys - k);
+      store(scores + k, p);
+      store(dp + k, p * (load(dp + k) - delta[r]));
+    }
+  }
+}
+
 template <typename Io, typename Tile>
 inline constexpr cross::Kernels<Io, Tile> kKernels = {
     pack_rows<Io, Tile>,
     write_rows<Io>,
     write_columns<Io>,
     transpose_left,
-    transpose_right,
-    pair_rows,
+    load_rows<Io>,
+    load_columns<Io, Tile>,
     product,
     row_max,
     softmax<Tile>,
     rescale,
     merge,
+    finish,
     dot_rows<Io>,
     row_delta,
     score_gradient<Tile>,
+    softmax_rows,
+    gradient_rows,
 };
 
 } // namespace cross_simd

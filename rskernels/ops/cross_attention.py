@@ -12,12 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rskernels.dispatch import choose, get_backend
+from rskernels.dispatch import choose
 from rskernels.library import cast_to_compute_dtype, define, differentiate, once_differentiable
-
-# Products of fewer multiplications than this are done sooner by PyTorch's own operators than by a call of ours
-# (measured; see docs/kernels/cross_attention.md).
-SMALLEST = 0
 
 
 def cross_attention(
@@ -51,8 +47,7 @@ def cross_attention(
     """
     _check(q, k, v, mask)
     q, k, v = cast_to_compute_dtype(q, q, k, v)
-    backend = choose("cross_attention", q, k, v)
-    if backend == "reference" or (get_backend() == "auto" and _is_small(q, k)):
+    if choose("cross_attention", q, k, v) == "reference":
         return cross_attention_reference(q, k, v, mask, scale, drop_first_key_value)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     return _attention_forward(q, k, v, mask, scale, drop_first_key_value)[0]
@@ -106,10 +101,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         )
     if mask.device != q.device:
         raise ValueError(f"cross_attention: mask is on {mask.device}, q on {q.device}")
-
-
-def _is_small(q: Tensor, k: Tensor) -> bool:
-    return q.numel() * k.shape[2] < SMALLEST
 
 
 # ---------------------------------------------------------------- registration
