@@ -183,6 +183,8 @@ class Forward : Worker<Io, Tile> {
         alone ? own_result_ : parts_.at(task.batch * layout_.heads + head, query_tile, task.key_part), lanes);
     const int64_t begin = layout_.query_tiles.begin(query_tile);
     simd_.load_columns(q_.at(task.batch, head, begin), q_.stride, count, layout_.dim, q_right_, lanes);
+    this->prefetch_next_queries(q_, task.batch, head, query_tile);
+    this->prefetch_next_queries(out_, task.batch, head, query_tile);
     std::fill_n(largest_, lanes, std::numeric_limits<float>::lowest());
     std::fill_n(sums_, lanes, 0.0f);
     bool first = true;

@@ -233,6 +233,19 @@ class Worker {
     return {transposed + at, layout_.key_tiles.size, 1};
   }
 
+  // Fetches the head's rows of the next tile of queries ahead: the rows of one head are far apart in memory, and
+  // with few keys there is next to no arithmetic to wait behind.
+  template <typename T>
+  void prefetch_next_queries(const Rows<T>& rows, int64_t batch, int64_t head, int64_t query_tile) const {
+    if (layout_.group == 1 || query_tile + 1 >= layout_.query_tiles.count) return;
+    const int64_t count = layout_.query_tiles.length(query_tile + 1);
+    const T* row = rows.at(batch, head, layout_.query_tiles.begin(query_tile + 1));
+    for (int64_t i = 0; i < count; ++i, row += rows.stride) {
+      for (int64_t c = 0; c < layout_.dim; c += 64 / sizeof(T))
+        __builtin_prefetch(row + c, !std::is_const_v<T>);
+    }
+  }
+
   const Layout& layout_;
   const Kernels<Io, Tile>& simd_;
   Scratch scratch_;

@@ -203,6 +203,9 @@ class Backward : Worker<Io, Tile> {
     simd_.load_columns(grad, grad_.stride, count, dim, do_right_, lanes);
     simd_.load_rows(q, q_.stride, count, dim, q_by_query_, row);
     simd_.load_rows(grad, grad_.stride, count, dim, do_by_query_, row);
+    this->prefetch_next_queries(q_, task.batch, head, query_tile);
+    this->prefetch_next_queries(grad_, task.batch, head, query_tile);
+    if (call_.wanted[0]) this->prefetch_next_queries(dq_, task.batch, head, query_tile);
     // Lanes without a query add nothing: their q and do are zero.
     std::fill(lse_ + count, lse_ + lanes, 0.0f);
     std::fill(delta_ + count, delta_ + lanes, 0.0f);

@@ -22,16 +22,20 @@ RSK_INLINE VecF load_first(const Io* from, int64_t n) {
   return load(values);
 }
 
-// Rows as they are. The heads of a token lie side by side, so that the rows of one head are far apart: fetched
-// ahead by hand.
+// The heads of a token lie side by side, so that the rows of one head are far apart: fetched ahead by hand.
+template <int kForWriting, typename Io>
+RSK_INLINE void prefetch_ahead(const Io* row, int64_t stride, int64_t rows_left, int64_t dim) {
+  constexpr int64_t kAhead = 24;
+  if (rows_left <= kAhead) return;
+  for (int64_t c = 0; c < dim; c += 64 / sizeof(Io)) __builtin_prefetch(row + kAhead * stride + c, kForWriting);
+}
+
+// Rows as they are.
 template <typename Io, typename Tile>
 inline void pack_rows(
     const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Tile* to, int64_t to_stride) {
-  constexpr int64_t kAhead = 16;
   for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride) {
-    if (r + kAhead < rows) {
-      for (int64_t c = 0; c < dim; c += 64 / sizeof(Io)) __builtin_prefetch(from + kAhead * from_stride + c);
-    }
+    prefetch_ahead<0>(from, from_stride, rows - r, dim);
     for (int64_t c = 0; c < dim; c += kLanes) store(to + c, load_first(from + c, dim - c));
   }
 }
@@ -71,6 +75,8 @@ template <typename Io, typename Tile>
 inline void load_columns(
     const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Tile* to, int64_t lanes) {
   for (int64_t r = 0; r < lanes; r += kLanes) {
+    for (int64_t i = r; i < r + kLanes; ++i)
+      prefetch_ahead<0>(from + i * from_stride, from_stride, rows - i, dim);
     for (int64_t c = 0; c < dim; c += kLanes) {
       VecF square[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
@@ -95,6 +101,7 @@ template <typename Io>
 inline void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t dim, float factor, Io* to,
     int64_t to_stride) {
   for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride) {
+    prefetch_ahead<1>(to, to_stride, rows - r, dim);
     for (int64_t c = 0; c < dim; c += kLanes) store_first(to + c, load(from + c) * factor, dim - c);
   }
 }
@@ -447,8 +454,9 @@ inline void score_gradient(const GradientTile& tile, Tile* p_rows, Tile* ds_rows
 
 // ---------------------------------------------------------------- few queries: scores as queries x keys
 
+// The first n lanes of x, all or none of them included.
 RSK_INLINE VecF first_or(float otherwise, VecF x, int64_t n) {
-  for (int64_t i = n; i < kLanes; ++i) x[i] = otherwise;
+  for (int64_t i = n < 0 ? 0 : n; i < kLanes; ++i) x[i] = otherwise;
   return x;
 }
 
