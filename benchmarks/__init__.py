@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from benchmarks import (
+    cross_attention,
     deformable_attention,
     dilated_aspp,
     distillation_loss,
@@ -18,6 +19,7 @@ SUITES: dict[str, ModuleType] = {
     "rel_pos_attention": rel_pos_attention,
     "linear": linear,
     "lora": lora,
+    "cross_attention": cross_attention,
     "distillation_loss": distillation_loss,
     "dilated_aspp": dilated_aspp,
     "deformable_attention": deformable_attention,

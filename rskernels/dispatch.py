@@ -31,7 +31,7 @@ TABLE: dict[str, dict[str, dict[torch.dtype, tuple[str, ...]]]] = {
     "linear": _CPP,
     "lora_linear": _CPP,
     "lora_qkv": _CPP,
-    "cross_attention": {},
+    "cross_attention": _CPP,
     "distillation_loss": _CPP,
     "dilated_aspp": _CPP,
     "deformable_attention": _CPP,

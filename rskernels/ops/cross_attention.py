@@ -1,13 +1,19 @@
 """cross_attention: queries of one set attend to keys of another (SAM's decoder, Mask2Former, Rein, injector).
 
+    out_i = sum_j softmax_j(scale q_i·k_j + log mask_ij) v_j
+
 Shapes: B batch, h heads, Q queries, M keys, d head dim.
+
+docs/kernels/cross_attention.md explains the CPU kernel (csrc/cpu/cross_attention.cpp) and has figures.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rskernels.dispatch import choose
-from rskernels.library import cast_to_compute_dtype
+from rskernels.library import cast_to_compute_dtype, define, differentiate, once_differentiable
 
 
 def cross_attention(
@@ -22,22 +28,29 @@ def cross_attention(
     """softmax(scale·q kᵀ + log mask) v, per head.
 
     Args:
-        q: (B, h, Q, d).
-        k, v: (B, h, M, d), or (1, h, M, d) shared by the whole batch.
+        q: (B, h, Q, d). Any strides, here and below: read in place where d is contiguous, as in the view
+            `x.unflatten(-1, (h, d)).transpose(1, 2)` of a (B, Q, h·d) projection.
+        k, v: (B, h, M, d), or (1, h, M, d) shared by the whole batch (gradients are summed over it).
         mask: (B, Q, M) bool, shared by the heads, True = attend (as SDPA). A row that attends nowhere
             attends everywhere (Mask2Former's rule; it keeps the softmax finite).
         scale: factor of the logits, 1/sqrt(d) by default.
         drop_first_key_value: the first key counts in the softmax and contributes nothing to the output
             (Rein's "nothing" token): the other weights are not renormalised.
     Returns:
-        (B, h, Q, d) in the dtype of q; under autocast in autocast's dtype (float64 stays).
+        (B, h, Q, d) in the dtype of q; under autocast in autocast's dtype (float64 stays). An accelerated
+        backend stores it as (B, Q, h, d): `out.transpose(1, 2).flatten(2)` copies nothing.
+    Dtypes: q decides, under autocast autocast's dtype; k and v are cast to it. Logits and sums are fp32.
+        float32 and bfloat16 are accelerated on the CPU, all else is served by the reference.
+    Memory: O(Q + M), forward and backward, on an accelerated backend; a mask is also kept as bits.
     Raises:
         ValueError: shapes that do not fit, no keys. TypeError: mask not bool, q, k or v not floating point.
     """
     _check(q, k, v, mask)
     q, k, v = cast_to_compute_dtype(q, q, k, v)
-    choose("cross_attention", q, k, v)
-    return cross_attention_reference(q, k, v, mask, scale, drop_first_key_value)
+    if choose("cross_attention", q, k, v) == "reference":
+        return cross_attention_reference(q, k, v, mask, scale, drop_first_key_value)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return _attention_forward(q, k, v, mask, scale, drop_first_key_value)[0]
 
 
 def cross_attention_reference(
@@ -88,3 +101,130 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         )
     if mask.device != q.device:
         raise ValueError(f"cross_attention: mask is on {mask.device}, q on {q.device}")
+
+
+# ---------------------------------------------------------------- registration
+
+
+def _sum_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """(B, h, Q, M), -inf where a query does not attend."""
+    scores = scale * (q @ k.transpose(-2, -1))
+    if mask is None:
+        return scores
+    return scores.masked_fill((~mask & mask.any(-1, keepdim=True))[:, None], -torch.inf)
+
+
+def _kept_values(v: Tensor, drop_first_key_value: bool) -> Tensor:
+    """v with a first value of zero where it is dropped."""
+    if not drop_first_key_value:
+        return v
+    return torch.cat([torch.zeros_like(v[:, :, :1]), v[:, :, 1:]], dim=2)
+
+
+def _token_major(x_bhnd: Tensor) -> Tensor:
+    """The same values, in memory as (B, N, h, d)."""
+    return x_bhnd.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _forward_composite(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, drop_first_key_value: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = _sum_dtype(q)
+    scores = _scores(q.to(dtype), k.to(dtype), mask, scale)
+    out = scores.softmax(-1) @ _kept_values(v.to(dtype), drop_first_key_value)
+    return _token_major(out.to(q.dtype)), scores.logsumexp(-1)
+
+
+def _backward_composite(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    drop_first_key_value: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = _sum_dtype(q)
+    q_, k_, grad_ = q.to(dtype), k.to(dtype), grad.to(dtype)
+    v_ = _kept_values(v.to(dtype), drop_first_key_value)
+    p = _scores(q_, k_, mask, scale).softmax(-1)
+    dp = grad_ @ v_.transpose(-2, -1)
+    ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
+    dv = _kept_values(p.transpose(-2, -1) @ grad_, drop_first_key_value)
+    gradients = (ds @ k_, ds.transpose(-2, -1) @ q_, dv)
+    dq, dk, dv = (
+        _token_major(g.sum_to_size(t.shape).to(t.dtype)) if asked else grad.new_empty(0, 0, 0, 0)
+        for g, t, asked in zip(gradients, (q, k, v), wanted, strict=True)
+    )
+    return dq, dk, dv
+
+
+def _empty_token_major(like: Tensor) -> Tensor:
+    B, h, N, d = like.shape
+    return like.new_empty(B, N, h, d).transpose(1, 2)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, drop_first_key_value: bool
+) -> tuple[Tensor, Tensor]:
+    return _empty_token_major(q), q.new_empty(q.shape[:3], dtype=_sum_dtype(q))
+
+
+def _backward_fake(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    drop_first_key_value: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (
+        _empty_token_major(t) if asked else grad.new_empty(0, 0, 0, 0)
+        for t, asked in zip((q, k, v), wanted, strict=True)
+    )
+    return dq, dk, dv
+
+
+_OPTIONS = "Tensor? mask, float scale, bool drop_first_key_value"
+
+# The output, and the log-sum-exp (B, h, Q) of every query's logits, from which backward rebuilds them.
+_attention_forward = define(
+    f"cross_attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
+    reference=_forward_composite,
+    fake=_forward_fake,
+)
+_attention_backward = define(
+    "cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_OPTIONS}, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    reference=_backward_composite,
+    fake=_backward_fake,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, ctx.scale, ctx.drop_first_key_value = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, mask)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
+    wanted = list(ctx.needs_input_grad[:3])
+    gradients = _attention_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.drop_first_key_value, wanted)
+    return (*(g if asked else None for g, asked in zip(gradients, wanted, strict=True)), None, None, None)
+
+
+differentiate("cross_attention_forward", _backward, _setup_context)
+once_differentiable("cross_attention_backward")

@@ -1,0 +1,114 @@
+"""Attention of one set to another, in the shapes of SAM's decoder, Mask2Former, Rein and the injector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rskernels
+from benchmarks.measure import PASSES, Call, Case, call_of
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B batch, h heads, Q queries, M keys, d head dim; side: of the map a mask lies on, 0 without a mask."""
+
+    name: str
+    B: int
+    h: int
+    Q: int
+    M: int
+    d: int
+    side: int = 0
+    rein: bool = False  # keys and values of one token set, shared by the batch, the first value dropped
+
+
+SHAPES = [
+    Shape("SAM tokens on image, 7x4096", 1, 8, 7, 4096, 16),
+    Shape("SAM image on tokens, 4096x7", 1, 8, 4096, 7, 16),
+    Shape("SAM image on tokens, batch 4, 1024x9", 4, 8, 1024, 9, 16),
+    Shape("SAM tokens on tokens, 9x9", 1, 8, 9, 9, 32),
+    Shape("Mask2Former, 100x1024 masked", 2, 8, 100, 1024, 32, side=32),
+    Shape("Mask2Former, 100x4096 masked", 2, 8, 100, 4096, 32, side=64),
+    Shape("Rein, 1025x100, d 1024", 2, 1, 1025, 100, 1024, rein=True),
+    Shape("injector, 1024x1024", 1, 8, 1024, 1024, 64),
+]
+
+
+def _boxes(shape: Shape, generator: torch.Generator) -> Tensor | None:
+    """(B, Q, M): each query attends to a box of an eighth to half of the map's sides."""
+    if not shape.side:
+        return None
+    mask = torch.zeros(shape.B, shape.Q, shape.side, shape.side, dtype=torch.bool)
+    for query in mask.flatten(0, 1):
+        h, w = torch.randint(shape.side // 8, shape.side // 2 + 1, (2,), generator=generator).tolist()
+        y, x = (int(torch.randint(shape.side - n + 1, (), generator=generator)) for n in (h, w))
+        query[y : y + h, x : x + w] = True
+    return mask.flatten(2)
+
+
+def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop_first: bool) -> Tensor:
+    """In the dtype of q: what a model written out in PyTorch computes."""
+    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None], -torch.inf)
+    weights = logits.softmax(-1)
+    return weights[..., 1:] @ v[:, :, 1:] if drop_first else weights @ v
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop_first: bool) -> Tensor:
+    if drop_first:
+        v = torch.cat([torch.zeros_like(v[:, :, :1]), v[:, :, 1:]], dim=2)
+    B = q.shape[0]
+    k, v = k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None])
+
+
+def _build(shape: Shape, dtype: torch.dtype, which: str) -> dict[str, Call]:
+    generator = torch.Generator().manual_seed(0)
+    key_batch = 1 if shape.rein else shape.B
+
+    def tokens(batch: int, count: int) -> Tensor:
+        """(B, h, N, d) as a projection leaves it."""
+        x = torch.randn(batch, count, shape.h * shape.d, generator=generator).to(dtype)
+        return x.unflatten(-1, (shape.h, shape.d)).transpose(1, 2)
+
+    inputs = tokens(shape.B, shape.Q), tokens(key_batch, shape.M), tokens(key_batch, shape.M)
+    mask, grad = _boxes(shape, generator), tokens(shape.B, shape.Q)
+
+    def call(form: Callable[..., Tensor], contiguous: bool) -> Call:
+        given = [
+            (t.contiguous() if contiguous else t).detach().requires_grad_(which != "forward") for t in inputs
+        ]
+        return call_of(which, form, given, grad.contiguous() if contiguous else grad)
+
+    ours = partial(rskernels.cross_attention, mask=mask, drop_first_key_value=shape.rein)
+    eager = partial(_eager, mask=mask, drop_first=shape.rein)
+    sdpa = partial(_sdpa, mask=mask, drop_first=shape.rein)
+    return {
+        "rskernels": call(ours, contiguous=False),
+        "eager": call(eager, contiguous=True),
+        "eager, compiled": call(torch.compile(eager), contiguous=True),
+        "sdpa": call(sdpa, contiguous=True),
+    }
+
+
+def cases() -> list[Case]:
+    # QKᵀ and PV; backward has five products of that size (one recomputed).
+    products = {"forward": 2, "backward": 5, "both": 7}
+    return [
+        Case(
+            name=f"{which}, {shape.name}, {str(dtype)[6:]}",
+            build=partial(_build, shape, dtype, which),
+            dtype=dtype,
+            flops=2.0 * shape.B * shape.h * shape.Q * shape.M * shape.d * products[which],
+        )
+        for which in PASSES
+        for shape in SHAPES
+        for dtype in (torch.float32, torch.bfloat16)
+    ]

@@ -1,0 +1,351 @@
+// cross_attention on the CPU: the backward pass. Meaning and formulas: rskernels/ops/cross_attention.py.
+//
+// For each tile of queries and each tile of keys (everything keys x queries, as in the forward pass):
+//   scores = K q^T,  dp = V do^T                                     [two products]
+//   p = exp(scale * scores - lse), 0 where masked,  ds = p * (dp - delta)    [one vector pass]
+//   dV += p do,  dK += ds q,  dq^T += K^T ds                         [three products]
+// where delta_i = do_i . out_i, or sum_j p_ij dp_ij where one tile holds all keys.
+//
+// Determinism: sums over queries run in order within a part of the queries, sums over keys within a part of the
+// keys; parts, and the batch entries that share keys, are added in order. The cut depends on the shape alone.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "cross_attention.h"
+
+namespace rskernels::cross {
+namespace {
+
+// The queries of a unit are cut into parts, each with its own sums of dk and dv, until there are this many tasks:
+// fewer where the sums are large.
+constexpr int64_t kEnoughTasks = 24, kEnoughSmallTasks = 64, kSmallSums = 1 << 14;
+constexpr int64_t kLeastQueryTilesOfPart = 4;
+constexpr int64_t kKeysOfMerge = 64; // rows of dk or dv that one task adds up
+
+Cut cut_of(const Layout& layout) {
+  if (layout.key_parts > 1) return {layout, 1};
+  const int64_t enough = layout.keys * layout.row_size <= kSmallSums ? kEnoughSmallTasks : kEnoughTasks;
+  const int64_t most = std::max<int64_t>(1, layout.query_tiles.count / kLeastQueryTilesOfPart);
+  return {layout, std::clamp<int64_t>(enough / (layout.batch * layout.groups()), 1, most)};
+}
+
+// The tensors of a call.
+struct Call {
+  at::Tensor grad, q, k, v, out, lse; // in
+  at::Tensor dq, dk, dv;              // out
+  std::array<bool, 3> wanted;         // dq, dk, dv
+  at::Tensor key_sums;   // (B, query parts, heads, 2, M, row) dk and dv, where they have several terms
+  at::Tensor query_sums; // (units, query tiles, key parts, dim x lanes) dq^T, where the keys are cut
+
+  bool keys() const { return wanted[1] || wanted[2]; }
+};
+
+template <typename Io, typename Tile>
+class Backward : Worker<Io, Tile> {
+ public:
+  Backward(const Layout& layout, const Cut& cut, const Mask& mask, const Call& call)
+      : Worker<Io, Tile>(layout),
+        cut_(cut),
+        mask_(mask),
+        call_(call),
+        q_(call.q),
+        k_(call.k),
+        v_(call.v),
+        grad_(call.grad),
+        out_(call.out),
+        dq_(call.dq),
+        dk_out_(call.dk),
+        dv_out_(call.dv),
+        lse_data_(call.lse.const_data_ptr<float>()) {
+    const int64_t queries = layout.query_tiles.size, row = layout.row_size, keys = this->keys_size();
+    for (Tile** rows : {&k_rows_, &v_rows_}) *rows = take<Tile>(keys * layout.group);
+    if (!layout.vector_products) k_left_ = take<Tile>(keys * layout.group);
+    if (!call.key_sums.defined() && call.keys()) own_sums_ = take<float>(2 * keys * layout.group);
+    for (Tile** rows : {&q_right_, &q_by_query_, &do_right_, &do_by_query_}) *rows = take<Tile>(queries * row);
+    const int64_t tile = layout.key_tiles.size * queries;
+    scores_ = take<float>(tile);
+    dp_ = take<float>(tile);
+    if constexpr (std::is_same_v<Tile, float>) {
+      p_rows_ = scores_;
+      ds_rows_ = ds_pairs_ = dp_;
+    } else {
+      for (Tile** rows : {&p_rows_, &ds_rows_, &ds_pairs_}) *rows = take<Tile>(tile);
+    }
+    for (float** lanes : {&lse_, &delta_, &factors_}) *lanes = take<float>(queries);
+    std::fill_n(factors_, queries, layout.scale);
+    own_dq_ = take<float>(queries * row);
+  }
+
+  void run(int64_t index) {
+    const Task task = cut_.task(index);
+    for (int64_t h = 0; h < layout_.group; ++h) load_keys(task, h);
+    for (int64_t tile = task.first_query_tile; tile < task.last_query_tile; ++tile) {
+      for (int64_t h = 0; h < layout_.group; ++h) add_queries(task, tile, h);
+    }
+    if (own_sums_ == nullptr) return;
+    const int64_t first = layout_.key_tiles.begin(task.first_key_tile);
+    for (int64_t h = 0; h < layout_.group; ++h) {
+      write_keys(task.batch, task.head + h, first, keys_of(task), key_sums(task, h, 0), key_sums(task, h, 1));
+    }
+  }
+
+  // Adds up the sums of dk and dv: task `index` is a block of keys of one head, for every batch entry that has
+  // keys of its own.
+  void merge_keys(int64_t index) {
+    const int64_t blocks = (layout_.keys + kKeysOfMerge - 1) / kKeysOfMerge;
+    const int64_t head = index / blocks, first = index % blocks * kKeysOfMerge;
+    const int64_t count = std::min(kKeysOfMerge, layout_.keys - first), n = count * layout_.row_size;
+    if (merged_ == nullptr) merged_ = take<float>(2 * kKeysOfMerge * layout_.row_size);
+    for (int64_t which = 0; which < 2; ++which) {
+      if (!call_.wanted[1 + which]) continue;
+      const int64_t batches = (which == 0 ? call_.k : call_.v).size(0);
+      const int64_t terms = layout_.batch / batches * cut_.query_parts;
+      for (int64_t batch = 0; batch < batches; ++batch) {
+        for (int64_t term = 0; term < terms; ++term) {
+          const float* from = sums_at(batch * terms + term, head, which) + first * layout_.row_size;
+          if (term == 0) {
+            std::copy_n(from, n, merged_);
+          } else {
+            for (int64_t i = 0; i < n; ++i) merged_[i] += from[i];
+          }
+        }
+        write_keys(batch, head, first, count, which == 0 ? merged_ : nullptr, which == 1 ? merged_ : nullptr);
+      }
+    }
+  }
+
+  // Adds up dq^T: task `index` is one query tile of one unit.
+  void merge_queries(int64_t index) {
+    const int64_t unit = index / layout_.query_tiles.count, tile = index % layout_.query_tiles.count;
+    const int64_t n = layout_.dim * round_up(layout_.query_tiles.length(tile), kVector);
+    std::copy_n(query_sums(unit, tile, 0), n, own_dq_);
+    for (int64_t part = 1; part < layout_.key_parts; ++part) {
+      const float* from = query_sums(unit, tile, part);
+      for (int64_t i = 0; i < n; ++i) own_dq_[i] += from[i];
+    }
+    write_queries(unit / layout_.heads, unit % layout_.heads, tile, own_dq_);
+  }
+
+ private:
+  using Worker<Io, Tile>::layout_;
+  using Worker<Io, Tile>::simd_;
+  using Worker<Io, Tile>::scratch_;
+
+  template <typename T>
+  T* take(int64_t n) {
+    return scratch_.template take<T>(n);
+  }
+
+  int64_t keys_of(const Task& task) const {
+    return layout_.key_tiles.begin(task.last_key_tile - 1) + layout_.key_tiles.length(task.last_key_tile - 1) -
+           layout_.key_tiles.begin(task.first_key_tile);
+  }
+
+  // All sums of dk (which = 0) or dv (1) of one head, from one part of the queries of one batch entry.
+  float* sums_at(int64_t batch_and_part, int64_t head, int64_t which) const {
+    return call_.key_sums.template data_ptr<float>() +
+           ((batch_and_part * layout_.heads + head) * 2 + which) * layout_.keys * layout_.row_size;
+  }
+
+  // The same from the task's first key on.
+  float* key_sums(const Task& task, int64_t h, int64_t which) const {
+    if (own_sums_ != nullptr) return own_sums_ + (2 * h + which) * this->keys_size();
+    return sums_at(task.batch * cut_.query_parts + task.query_part, task.head + h, which) +
+           layout_.key_tiles.begin(task.first_key_tile) * layout_.row_size;
+  }
+
+  float* query_sums(int64_t unit, int64_t tile, int64_t part) const {
+    const int64_t size = layout_.dim * layout_.query_tiles.size;
+    return call_.query_sums.template data_ptr<float>() +
+           ((unit * layout_.query_tiles.count + tile) * layout_.key_parts + part) * size;
+  }
+
+  void load_keys(const Task& task, int64_t h) {
+    const int64_t at = h * this->keys_size();
+    this->pack_keys(k_, task, task.head + h, k_rows_ + at);
+    this->pack_values(v_, task, task.head + h, v_rows_ + at);
+    this->transpose_keys(task, k_rows_ + at, k_left_ + at);
+    if (!call_.keys()) return;
+    for (int64_t which = 0; which < 2; ++which) {
+      std::fill_n(key_sums(task, h, which), keys_of(task) * layout_.row_size, 0.0f);
+    }
+  }
+
+  void add_queries(const Task& task, int64_t query_tile, int64_t h) {
+    load_queries(task, query_tile, h);
+    const bool alone = layout_.key_parts == 1;
+    const int64_t unit = task.batch * layout_.heads + task.head + h;
+    float* dq = alone || !call_.wanted[0] ? own_dq_ : query_sums(unit, query_tile, task.key_part);
+    bool first = true;
+    for (int64_t t = task.first_key_tile; t < task.last_key_tile; ++t) {
+      const ScoreTile tile = mask_.tile(layout_, task.batch, query_tile, t);
+      if (tile.attends_nowhere()) continue;
+      add_pair(task, tile, t - task.first_key_tile, h, dq, first);
+      first = false;
+    }
+    if (!call_.wanted[0]) return;
+    const int64_t lanes = round_up(layout_.query_tiles.length(query_tile), kVector);
+    if (first) std::fill_n(dq, layout_.dim * lanes, 0.0f);
+    if (alone) write_queries(task.batch, task.head + h, query_tile, dq);
+  }
+
+  void load_queries(const Task& task, int64_t query_tile, int64_t h) {
+    const int64_t head = task.head + h, row = layout_.row_size, dim = layout_.dim;
+    const int64_t first = layout_.query_tiles.begin(query_tile), count = layout_.query_tiles.length(query_tile);
+    const int64_t lanes = round_up(count, kVector);
+    const Io* q = q_.at(task.batch, head, first);
+    const Io* grad = grad_.at(task.batch, head, first);
+    simd_.load_columns(q, q_.stride, count, dim, q_right_, lanes);
+    simd_.load_columns(grad, grad_.stride, count, dim, do_right_, lanes);
+    simd_.load_rows(q, q_.stride, count, dim, q_by_query_, row);
+    simd_.load_rows(grad, grad_.stride, count, dim, do_by_query_, row);
+    this->prefetch_next_queries(q_, task.batch, head, query_tile);
+    this->prefetch_next_queries(grad_, task.batch, head, query_tile);
+    if (call_.wanted[0]) this->prefetch_next_queries(dq_, task.batch, head, query_tile);
+    // Lanes without a query add nothing: their q and do are zero.
+    std::fill(lse_ + count, lse_ + lanes, 0.0f);
+    std::fill(delta_ + count, delta_ + lanes, 0.0f);
+    std::copy_n(lse_data_ + (task.batch * layout_.heads + head) * layout_.queries + first, count, lse_);
+    if (layout_.key_tiles.count == 1) return; // row_delta finds delta
+    simd_.dot_rows(grad, grad_.stride, out_.at(task.batch, head, first), out_.stride, count, dim, delta_);
+  }
+
+  // Tile t of the task's keys against the tile of queries.
+  void add_pair(const Task& task, const ScoreTile& scores, int64_t t, int64_t h, float* dq, bool first) {
+    const int64_t lanes = scores.lanes, keys = scores.keys, dim = layout_.dim, row = layout_.row_size;
+    const int64_t in_sums = t * layout_.key_tiles.size * row, at = h * this->keys_size() + in_sums;
+    this->product(
+        keys, lanes, depth<Tile>(dim), this->by_key(k_rows_, at), q_right_, lanes, scores_, lanes, false);
+    this->product(
+        keys, lanes, depth<Tile>(dim), this->by_key(v_rows_, at), do_right_, lanes, dp_, lanes, false);
+    const GradientTile tile{scores, scores_, dp_, lse_, delta_};
+    if (layout_.key_tiles.count == 1) simd_.row_delta(tile, delta_);
+    simd_.score_gradient(tile, p_rows_, ds_rows_, ds_pairs_);
+    if (call_.wanted[1]) {
+      const Left<Tile> ds{ds_rows_, lanes, 1};
+      this->product(keys, row, lanes, ds, q_by_query_, row, key_sums(task, h, 0) + in_sums, row, true);
+    }
+    if (call_.wanted[2]) {
+      const Left<Tile> p{p_rows_, lanes, 1};
+      this->product(keys, row, lanes, p, do_by_query_, row, key_sums(task, h, 1) + in_sums, row, true);
+    }
+    if (call_.wanted[0]) {
+      this->product(dim, lanes, depth<Tile>(keys), this->by_channel(k_rows_, k_left_, at), ds_pairs_, lanes, dq,
+          lanes, !first);
+    }
+  }
+
+  void write_queries(int64_t batch, int64_t head, int64_t query_tile, const float* dq) {
+    const int64_t count = layout_.query_tiles.length(query_tile), first = layout_.query_tiles.begin(query_tile);
+    simd_.write_columns(
+        dq, round_up(count, kVector), layout_.dim, factors_, count, dq_.at(batch, head, first), dq_.stride);
+  }
+
+  // Rows of dk and dv from their sums; null: not this one.
+  void write_keys(int64_t batch, int64_t head, int64_t first, int64_t count, float* dk, float* dv) {
+    const int64_t row = layout_.row_size, dim = layout_.dim;
+    if (call_.wanted[1] && dk != nullptr) {
+      simd_.write_rows(dk, row, count, dim, layout_.scale, dk_out_.at(batch, head, first), dk_out_.stride);
+    }
+    if (call_.wanted[2] && dv != nullptr) {
+      if (layout_.drop_first && first == 0) std::fill_n(dv, row, 0.0f);
+      simd_.write_rows(dv, row, count, dim, 1.0f, dv_out_.at(batch, head, first), dv_out_.stride);
+    }
+  }
+
+  const Cut& cut_;
+  const Mask& mask_;
+  const Call& call_;
+  const Rows<const Io> q_, k_, v_, grad_, out_;
+  const Rows<Io> dq_, dk_out_, dv_out_;
+  const float* lse_data_;
+  Tile *k_rows_, *v_rows_, *k_left_ = nullptr, *q_right_, *q_by_query_, *do_right_, *do_by_query_;
+  Tile *p_rows_, *ds_rows_, *ds_pairs_;
+  float *own_sums_ = nullptr, *merged_ = nullptr, *scores_, *dp_, *lse_, *delta_, *factors_, *own_dq_;
+};
+
+template <typename Backward, void (Backward::*kMerge)(int64_t)>
+struct Merge {
+  Backward backward;
+  void run(int64_t index) { (backward.*kMerge)(index); }
+};
+
+template <typename Io, typename Tile>
+void backward(const Layout& layout, const Cut& cut, const Mask& mask, const Call& call) {
+  using Pass = Backward<Io, Tile>;
+  const auto worker = [&] { return Pass(layout, cut, mask, call); };
+  run_tasks(cut.tasks(), 1, worker);
+  if (call.key_sums.defined()) {
+    const int64_t blocks = (layout.keys + kKeysOfMerge - 1) / kKeysOfMerge;
+    run_tasks(layout.heads * blocks, 1, [&] { return Merge<Pass, &Pass::merge_keys>{worker()}; });
+  }
+  if (call.query_sums.defined()) {
+    run_tasks(layout.units() * layout.query_tiles.count, 1,
+        [&] { return Merge<Pass, &Pass::merge_queries>{worker()}; });
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_attention_backward(const at::Tensor& grad,
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
+    const std::optional<at::Tensor>& mask, double scale, bool drop_first_key_value,
+    std::array<bool, 3> wanted) {
+  const auto gradient_of = [&](const at::Tensor& t, bool asked) {
+    return asked ? empty_tokens(t.size(0), t, t.size(2)) : at::empty({0, 0, 0, 0}, t.options());
+  };
+  Call call;
+  call.wanted = wanted;
+  call.dq = gradient_of(q, wanted[0]);
+  call.dk = gradient_of(k, wanted[1]);
+  call.dv = gradient_of(v, wanted[2]);
+  if (q.numel() == 0) {
+    call.dk.zero_();
+    call.dv.zero_();
+    return {call.dq, call.dk, call.dv};
+  }
+  call.grad = with_contiguous_rows(grad);
+  call.q = with_contiguous_rows(q);
+  call.k = with_contiguous_rows(k);
+  call.v = with_contiguous_rows(v);
+  call.out = with_contiguous_rows(out);
+  call.lse = lse.contiguous();
+
+  const Layout layout(q, k, v, mask, scale, drop_first_key_value);
+  if (layout.few_queries) {
+    backward_of_few_queries(
+        layout, call.grad, call.q, call.k, call.v, call.out, call.lse, call.dq, call.dk, call.dv, wanted);
+    return {call.dq, call.dk, call.dv};
+  }
+  const Cut cut = cut_of(layout);
+  const Mask bits(layout, mask);
+  const auto floats = q.options().dtype(at::kFloat);
+  const bool shared = layout.batch > 1 && (k.size(0) == 1 || v.size(0) == 1);
+  if (call.keys() && (cut.query_parts > 1 || shared)) {
+    call.key_sums =
+        at::empty({layout.batch * cut.query_parts, layout.heads, 2, layout.keys, layout.row_size}, floats);
+  }
+  if (wanted[0] && layout.key_parts > 1) {
+    call.query_sums = at::empty(
+        {layout.units(), layout.query_tiles.count, layout.key_parts, layout.dim * layout.query_tiles.size},
+        floats);
+  }
+  if (q.scalar_type() == at::kFloat) {
+    backward<float, float>(layout, cut, bits, call);
+  } else if (has_bf16_tiles() && !layout.vector_products) {
+    backward<at::BFloat16, at::BFloat16>(layout, cut, bits, call);
+  } else {
+    backward<at::BFloat16, float>(layout, cut, bits, call);
+  }
+  return {call.dq, call.dk, call.dv};
+}
+
+} // namespace
+
+TORCH_LIBRARY_IMPL(rskernels, CPU, m) {
+  m.impl("cross_attention_backward", &cross_attention_backward);
+}
+
+} // namespace rskernels::cross
