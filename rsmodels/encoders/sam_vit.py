@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rskernels
+from rskernels.library import autocast_dtype
 from rsmodels.encoders.features import FeatureBackbone
 from rsmodels.layers import MLP, LayerNorm, Linear, LoRAQKV, image_size_pair, make_neck
 from rsmodels.registry import register_encoder
@@ -210,20 +211,22 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * mlp_ratio), activation="gelu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = add_residual(self.attn(self.norm1(x)), x)
+        # Under autocast the norms write what the products behind them read.
+        dtype = autocast_dtype(x)
+        x = add_residual(self.attn(self.norm1(x, dtype)), x)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
-            return add_residual(self.mlp(self.norm2(x)), x)
+            return add_residual(self.mlp(self.norm2(x, dtype)), x)
         # x is ours alone: in place, and by rows, so that the hidden layer stays in the cache. The whole of it
         # would be fresh memory in every call.
         for rows in x.flatten(0, -2).split(MLP_ROWS):
-            rows += self.mlp(self.norm2(rows))
+            rows += self.mlp(self.norm2(rows, dtype))
         return x
 
 
 def add_residual(update: Tensor, x: Tensor) -> Tensor:
-    """x + update, contiguous; in the memory of `update`, a projection's output that nobody else reads, unless
-    the sum has another dtype (under autocast the tokens stay in float32)."""
-    return update.add_(x) if torch.result_type(update, x) == update.dtype else update + x
+    """x + update, contiguous; in the memory of `update`, a projection's output that nobody else reads, where
+    the dtypes agree (under autocast the tokens stay in float32)."""
+    return update.add_(x) if update.dtype == x.dtype else update + x
 
 
 class Attention(nn.Module):
