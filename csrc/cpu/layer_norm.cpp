@@ -75,8 +75,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_, cons
     const Tensor& weight_, const Tensor& means, const Tensor& rstds, std::array<bool, 3> mask) {
   const Tensor grad = grad_.contiguous(), x = x_.contiguous(), weight = weight_.to(at::kFloat).contiguous();
   const int64_t dim = x.size(-1), rows = x.numel() / dim;
-  const Tensor nothing = at::empty({0}, x.options());
-  const Tensor dx = mask[0] ? at::empty(x.sizes(), x.options()) : nothing;
+  const auto nothing = [&]() { return at::empty({0}, x.options()); }; // outputs must not share memory
+  const Tensor dx = mask[0] ? at::empty(x.sizes(), x.options()) : nothing();
   const bool sums = mask[1] || mask[2];
   const int64_t slices = std::clamp<int64_t>(rows / kRowsOfSlice, 1, kSlices);
   const int64_t slice_rows = (rows + slices - 1) / slices;
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_, cons
       }
     });
   });
-  if (!sums) return {dx, nothing, nothing};
+  if (!sums) return {dx, nothing(), nothing()};
   const Tensor total = at::empty({2, dim}, partial.options());
   const float* from = partial.const_data_ptr<float>();
   float* to = total.mutable_data_ptr<float>();
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_, cons
     }
   });
   const auto gradient = [&](int64_t which) { return total.select(0, which).to(weight_.scalar_type()).clone(); };
-  return {dx, mask[1] ? gradient(0) : nothing, mask[2] ? gradient(1) : nothing};
+  return {dx, mask[1] ? gradient(0) : nothing(), mask[2] ? gradient(1) : nothing()};
 }
 
 } // namespace

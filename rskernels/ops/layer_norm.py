@@ -54,7 +54,10 @@ def layer_norm_reference(
     if trains and x.dtype in (torch.bfloat16, torch.float16):
         # In float32, as PyTorch's backward of low precision is not to be had (see above).
         return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(dtype)
-    return F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
+    # PyTorch takes float32 weights with low precision, and no other mix.
+    low = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype != x.dtype
+    wide = torch.float32 if low else x.dtype
+    return F.layer_norm(x, weight.shape, weight.to(wide), bias.to(wide), eps).to(dtype)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
@@ -107,16 +110,16 @@ def _backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = grad.to(mean.dtype)
     normal = (x.to(mean.dtype) - mean[..., None]) * rstd[..., None]
-    dx = dweight = dbias = x.new_empty(0)
+    dx, dweight, dbias = (x.new_empty(0) for _ in range(3))
     if mask[0]:
         g = wide * weight.to(mean.dtype)
         inner = g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True)
         dx = (inner * rstd[..., None]).to(x.dtype).contiguous()
     if mask[1]:
-        dweight = (wide * normal).flatten(0, -2).sum(0).to(weight.dtype) if x.dim() > 1 else wide * normal
+        dweight = (wide * normal).sum_to_size(weight.shape).to(weight.dtype, copy=True)
     if mask[2]:
-        dbias = wide.flatten(0, -2).sum(0).to(weight.dtype) if x.dim() > 1 else wide
-    return dx, dweight.to(weight.dtype if mask[1] else x.dtype), dbias.to(weight.dtype if mask[2] else x.dtype)
+        dbias = wide.sum_to_size(weight.shape).to(weight.dtype, copy=True)
+    return dx, dweight, dbias
 
 
 def _backward_fake(
