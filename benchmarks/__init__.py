@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from benchmarks import linear, models, rel_pos_attention
+from benchmarks import layer_norm, linear, models, rel_pos_attention
 
 SUITES: dict[str, ModuleType] = {
     "rel_pos_attention": rel_pos_attention,
     "linear": linear,
+    "layer_norm": layer_norm,
     "models": models,
 }

@@ -62,10 +62,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(
     using Y = decltype(y_type);
     const auto forward = RSK_AT_ISA_LEVEL(kNormKernels<X, Y>).forward;
     at::parallel_for(0, rows, std::max<int64_t>(1, kGrain / dim), [&](int64_t begin, int64_t end) {
-      forward(x.const_data_ptr<X>() + begin * dim, weight.const_data_ptr<float>(),
-          bias.const_data_ptr<float>(), y.mutable_data_ptr<Y>() + begin * dim,
-          means.mutable_data_ptr<float>() + begin, rstds.mutable_data_ptr<float>() + begin, end - begin, dim,
-          static_cast<float>(eps));
+      forward(x.const_data_ptr<X>() + begin * dim, weight.const_data_ptr<float>(), bias.const_data_ptr<float>(),
+          y.mutable_data_ptr<Y>() + begin * dim, means.mutable_data_ptr<float>() + begin,
+          rstds.mutable_data_ptr<float>() + begin, end - begin, dim, static_cast<float>(eps));
     });
   });
   return {y, means, rstds};
@@ -94,9 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_, cons
         float* total = sums ? partial.mutable_data_ptr<float>() + slice * 2 * dim : nullptr;
         backward(grad.const_data_ptr<G>() + begin * dim, x.const_data_ptr<X>() + begin * dim,
             weight.const_data_ptr<float>(), means.const_data_ptr<float>() + begin,
-            rstds.const_data_ptr<float>() + begin,
-            mask[0] ? dx.mutable_data_ptr<X>() + begin * dim : nullptr, total,
-            sums ? total + dim : nullptr, count, dim);
+            rstds.const_data_ptr<float>() + begin, mask[0] ? dx.mutable_data_ptr<X>() + begin * dim : nullptr,
+            total, sums ? total + dim : nullptr, count, dim);
       }
     });
   });

@@ -58,8 +58,8 @@ void norm_rows(const X* x, const float* weight, const float* bias, Y* y, float* 
 // With n = (x - mean) rstd and g = grad weight:  dx = rstd (g - mean(g) - n mean(g n)),
 // dweight += grad n,  dbias += grad.  A null pointer: not wanted.
 template <typename X, typename Y>
-void norm_rows_backward(const Y* grad, const X* x, const float* weight, const float* means,
-    const float* rstds, X* dx, float* dweight, float* dbias, int64_t rows, int64_t dim) {
+void norm_rows_backward(const Y* grad, const X* x, const float* weight, const float* means, const float* rstds,
+    X* dx, float* dweight, float* dbias, int64_t rows, int64_t dim) {
   for (int64_t row = 0; row < rows; ++row, x += dim, grad += dim) {
     const float mean = means[row], rstd = rstds[row];
     const int64_t whole = dim / kLanes * kLanes;

@@ -46,9 +46,7 @@ def layer_norm(
     return _norm_forward(x, weight, bias, eps, dtype)[0]
 
 
-def layer_norm_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> Tensor:
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """What defines the operator."""
     trains = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
     if trains and x.dtype in (torch.bfloat16, torch.float16):
