@@ -12,6 +12,7 @@ from rskernels.ops.cross_attention import cross_attention
 from rskernels.ops.deformable_attention import deformable_attention
 from rskernels.ops.dilated_aspp import dilated_aspp
 from rskernels.ops.distillation_loss import distillation_loss
+from rskernels.ops.layer_norm import layer_norm
 from rskernels.ops.linear import linear
 from rskernels.ops.lora import lora_linear, lora_qkv
 from rskernels.ops.rel_pos_attention import rel_pos_attention
@@ -25,6 +26,7 @@ __all__ = [
     "distillation_loss",
     "explain",
     "get_backend",
+    "layer_norm",
     "linear",
     "lora_linear",
     "lora_qkv",

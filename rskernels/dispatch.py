@@ -29,6 +29,7 @@ _CPP: dict[str, dict[torch.dtype, tuple[str, ...]]] = {
 TABLE: dict[str, dict[str, dict[torch.dtype, tuple[str, ...]]]] = {
     "rel_pos_attention": _CPP,
     "linear": _CPP,
+    "layer_norm": _CPP,
     "lora_linear": _CPP,
     "lora_qkv": _CPP,
     "cross_attention": _CPP,

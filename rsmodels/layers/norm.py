@@ -1,19 +1,9 @@
-"""Layer norms over the channels of (..., D) tokens and of (B, D, h, w) maps.
-
-PyTorch's LayerNorm backward accumulates the weight and bias gradients of bf16 inputs on the CPU in bf16
-(off by 1 % on a hundred rows, by tens of percent on thousands). Norms that train compute in fp32 there.
-"""
+"""Layer norms over the channels of (..., D) tokens and of (B, D, h, w) maps, through rskernels.layer_norm."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    trains = torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad)
-    if trains and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
-        return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+import rskernels
 
 
 class LayerNorm(nn.LayerNorm):
@@ -22,8 +12,9 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, dim: int, *, eps: float = 1e-6) -> None:
         super().__init__(dim, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The result has `dtype`, that of x unless given."""
+        return rskernels.layer_norm(x, self.weight, self.bias, eps=self.eps, dtype=dtype)
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -33,4 +24,5 @@ class LayerNorm2d(nn.LayerNorm):
         super().__init__(dim, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _layer_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        rows = rskernels.layer_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, eps=self.eps)
+        return rows.permute(0, 3, 1, 2)

@@ -31,7 +31,9 @@ def segmentation_losses(
         logits = logits.float()
         valid = mask != ignore_index
         ids = torch.where(valid, mask, 0).long()
-        target = ids.unsqueeze(1) if classes == 1 else F.one_hot(ids, classes).permute(0, 3, 1, 2)
+        target = ids.unsqueeze(1)
+        if classes > 1:  # one-hot, laid out as the logits are
+            target = target == torch.arange(classes, device=ids.device)[:, None, None]
         target = target.to(logits.dtype)
         if activation == "softmax" and classes > 1:
             probabilities = logits.softmax(dim=1)

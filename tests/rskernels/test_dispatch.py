@@ -25,6 +25,7 @@ def smallest_call(op, dtype):
             z(1, 2, 2, 48), z(3, 16), z(3, 16), num_heads=1
         ),
         "linear": lambda: rskernels.linear(z(2, 3), z(4, 3), z(4)),
+        "layer_norm": lambda: rskernels.layer_norm(z(2, 3), z(3), z(3)),
         "lora_linear": lambda: rskernels.lora_linear(z(2, 3), z(4, 3), z(4), z(1, 3), z(4, 1), scale=1.0),
         "lora_qkv": lambda: rskernels.lora_qkv(
             z(2, 3), z(6, 3), z(6), z(1, 3), z(2, 1), z(1, 3), z(2, 1), scale=1.0
