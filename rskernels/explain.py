@@ -50,16 +50,10 @@ def _extension() -> list[str]:
 
 
 def _bf16_tiles(there: bool, used: str) -> str:
-    """Do bfloat16 kernels multiply in bfloat16, and why not."""
+    """Do bfloat16 kernels multiply in bfloat16?"""
     if there:
         return "yes, products of bfloat16 with float32 sums"
-    if used != "avx512_bf16":
-        why = f"they need avx512_bf16, {used} is in use"
-    elif not torch.backends.mkldnn.enabled or not torch.backends.mkldnn.is_available():
-        why = "oneDNN is switched off or missing"
-    else:
-        why = "PyTorch's oneDNN makes none here (ONEDNN_MAX_CPU_ISA, or a build with sanitizers)"
-    return f"no, {why}; bfloat16 is converted to float32 tiles"
+    return f"no, they need avx512_bf16, {used} is in use; bfloat16 is converted to float32 tiles"
 
 
 def _table() -> list[str]:

@@ -15,13 +15,17 @@ constexpr int kBlockRows = 6, kBlockVectors = 2; // 12, 2 and 1 in 16
 constexpr int64_t kDepthBlock = RSK_LEVEL >= 2 ? 128 : 64;
 
 struct Numbers {
-  static RSK_INLINE VecF left(const float* a) { return splat(*a); }
+  static RSK_INLINE VecF left(const char* a) {
+    float number;
+    std::memcpy(&number, a, sizeof(number));
+    return splat(number);
+  }
   static RSK_INLINE VecF multiply_add(VecF a, VecF b, VecF sum) { return a * b + sum; }
 };
 
 #if RSK_LEVEL >= 3
 struct Pairs {
-  static RSK_INLINE VecF left(const float* a) {
+  static RSK_INLINE VecF left(const char* a) {
     int32_t bits; // as an integer: no float must be made of two bf16 numbers
     std::memcpy(&bits, a, sizeof(bits));
     return (VecF)_mm512_set1_epi32(bits);
@@ -36,8 +40,8 @@ struct Pairs {
 // its one vector exist.
 struct Block {
   int64_t k;
-  const float* a;
-  int64_t a_row, a_step; // from one row of c to the next, and along the depth
+  const char* a;
+  int64_t a_row, a_step; // bytes from one row of c to the next, and along the depth
   const float* b;
   int64_t ldb;
   float* c;
@@ -63,7 +67,8 @@ inline void block_product(const Block& at) {
       sums[i][v] = at.accumulate ? load_width<kWhole>(at.c + i * at.ldc + v * kLanes, at.width) : VecF{};
     }
   }
-  const float *a = at.a, *b = at.b;
+  const char* a = at.a;
+  const float* b = at.b;
   const int64_t a_row = at.a_row, a_step = at.a_step, ldb = at.ldb;
   for (int64_t l = at.k; l > 0; --l, a += a_step, b += ldb) {
     VecF right[kVectors];
@@ -131,9 +136,9 @@ inline void columns_product(const Block& at, int64_t rows, int64_t vectors) {
   }
 }
 
-// c (m, n) = or += a b; a's element of row i and depth l is a[i * a_row + l * a_step].
+// c (m, n) = or += a b; a's element of row i and depth l lies at a + i * a_row + l * a_step.
 template <typename Step>
-inline void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_step,
+inline void product(int64_t m, int64_t n, int64_t k, const char* a, int64_t a_row, int64_t a_step,
     const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
   const int64_t vectors = n / kLanes, stripes = (vectors + kBlockVectors - 1) / kBlockVectors;
   for (int64_t l = 0; l == 0 || l < k; l += kDepthBlock) {

@@ -21,8 +21,9 @@
 
 namespace rskernels {
 
-// c (m, n) = or += a b in 32-bit numbers or pairs; a's element of row i and depth l: a[i * a_row + l * a_step].
-using TileProduct = void (*)(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_step,
+// c (m, n) = or += a b in 32-bit numbers or pairs; a's element of row i and depth l: a + i * a_row + l * a_step, in
+// bytes, at any alignment.
+using TileProduct = void (*)(int64_t m, int64_t n, int64_t k, const char* a, int64_t a_row, int64_t a_step,
     const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate);
 
 struct ProductKernels {
@@ -38,24 +39,29 @@ inline bool has_bf16_tiles() {
 
 inline void tile_product(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
     int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  product_kernels().numbers(m, n, k, a, lda, 1, b, ldb, c, ldc, accumulate);
+  constexpr int64_t kSize = sizeof(float);
+  product_kernels().numbers(
+      m, n, k, reinterpret_cast<const char*>(a), lda * kSize, kSize, b, ldb, c, ldc, accumulate);
 }
 
 inline void tile_product_columns(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b,
     int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  product_kernels().numbers(m, n, k, a, 1, lda, b, ldb, c, ldc, accumulate);
+  constexpr int64_t kSize = sizeof(float);
+  product_kernels().numbers(
+      m, n, k, reinterpret_cast<const char*>(a), kSize, lda * kSize, b, ldb, c, ldc, accumulate);
 }
 
-// Here lda is even, too.
 inline void tile_product(int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda,
     const c10::BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  product_kernels().pairs(m, n, k / 2, reinterpret_cast<const float*>(a), lda / 2, 1,
+  constexpr int64_t kSize = sizeof(c10::BFloat16), kPair = 2 * kSize;
+  product_kernels().pairs(m, n, k / 2, reinterpret_cast<const char*>(a), lda * kSize, kPair,
       reinterpret_cast<const float*>(b), ldb, c, ldc, accumulate);
 }
 
 inline void tile_product_columns(int64_t m, int64_t n, int64_t k, const c10::BFloat16* a, int64_t lda,
     const c10::BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  product_kernels().pairs(m, n, k / 2, reinterpret_cast<const float*>(a), 1, lda,
+  constexpr int64_t kPair = 2 * sizeof(c10::BFloat16);
+  product_kernels().pairs(m, n, k / 2, reinterpret_cast<const char*>(a), kPair, lda * kPair,
       reinterpret_cast<const float*>(b), ldb, c, ldc, accumulate);
 }
 

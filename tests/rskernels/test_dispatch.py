@@ -188,9 +188,6 @@ def test_explain_instruction_set_and_tiles(extension, capsys):
         lowered = "" if level == best else f", lowered from {best}"
         assert f"instruction set: {level}{lowered} (RSKERNELS_ISA)" in text
         assert f"bfloat16 tiles: no, they need avx512_bf16, {level} is in use; " in text
-    if extension.has_bf16_tiles():
-        with torch.backends.mkldnn.flags(enabled=False):
-            assert "bfloat16 tiles: no, oneDNN is switched off" in rskernels.explain()
 
 
 def test_explain_in_other_surroundings(extension, run_python, tmp_path):
@@ -206,8 +203,6 @@ def test_explain_in_other_surroundings(extension, run_python, tmp_path):
         lowered = text(RSKERNELS_ISA="avx2", OMP_NUM_THREADS="1")
         assert "instruction set: avx2" in lowered and "CPU threads: 1 " in lowered
         assert "bfloat16 tiles: no" in lowered
-    if extension.has_bf16_tiles():
-        assert "ONEDNN_MAX_CPU_ISA" in text(ONEDNN_MAX_CPU_ISA="AVX2")
     table = tmp_path / "table.json"
     table.write_text(json.dumps(tuning.record()))
     assert f"linear's products: {table};" in text(RSKERNELS_TUNING=str(table))
