@@ -90,6 +90,17 @@ def _flops(name: str) -> float:
     return 2.0 * 4 * B * Q * h * len(shapes) * POINTS * d
 
 
+def _bytes(name: str, dtype: torch.dtype, which: str) -> float:
+    """Value and output in `dtype`, locations (two numbers) and weights (one) in fp32."""
+    B, shapes, Q, h, d = SHAPES[name]
+    value = B * sum(height * width for height, width in shapes) * h * d * dtype.itemsize
+    samples = B * Q * h * len(shapes) * POINTS * 3 * 4
+    out = B * Q * h * d * dtype.itemsize
+    forward = value + samples + out
+    backward = forward + value + samples  # their gradients are written
+    return {"forward": forward, "backward": backward, "both": forward + backward}[which]
+
+
 def cases() -> list[Case]:
     return [
         Case(
@@ -98,6 +109,7 @@ def cases() -> list[Case]:
             dtype=dtype,
             # Backward: a product for locations and weights, and one for value.
             flops=_flops(name) * {"forward": 1, "backward": 2, "both": 3}[which],
+            bytes=_bytes(name, dtype, which),
         )
         for which in PASSES
         for name in SHAPES

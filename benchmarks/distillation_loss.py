@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -61,6 +62,8 @@ def cases() -> list[Case]:
             name=f"{which}, {'x'.join(map(str, shape))}, {layout}, {axis}, {str(dtype)[6:]}",
             build=partial(_build, shape, layout, axis, direction, dtype, which),
             dtype=dtype,
+            # Two reads forward; two reads and a write backward.
+            bytes=math.prod(shape) * dtype.itemsize * {"forward": 2, "backward": 3, "both": 5}[which],
         )
         for shape in SHAPES
         for layout, axis, direction in FORMS

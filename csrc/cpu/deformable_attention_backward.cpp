@@ -5,7 +5,7 @@
 // of the four products grad · corner of each sample.
 // value: a scatter-add, without atomics. A task owns one level of one head and goes through all queries, summing
 // into rows of its thread; levels are disjoint, so this cut costs nothing. Where it gives few tasks, the queries
-// are cut, too, by shape alone, and partial sums are added up in order.
+// are cut, too, by shape alone, and partial sums, each summed in place, are added up in order.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -79,7 +79,7 @@ class SampleGradients {
 
 // How the scatter-add is cut: by shape alone.
 struct Cut {
-  static constexpr int64_t kEnoughTasks = 24;
+  static constexpr int64_t kEnoughTasks = 12; // more would be better for many threads, and is memory for all
 
   int64_t levels, tasks, parts = 1; // levels: of all units
 
@@ -97,7 +97,7 @@ struct Cut {
 template <typename Io>
 class ValueGradient {
  public:
-  // partial: (parts, units, S, row), or null where there is one part.
+  // partial: (parts, units, S + L, row), or null where there is one part.
   ValueGradient(const DeformableLayout& layout, const Cut& cut, const Call& call, float* partial)
       : layout_(layout),
         cut_(cut),
@@ -108,7 +108,7 @@ class ValueGradient {
         tile_(layout, call.locations.const_data_ptr<float>(), call.weights.const_data_ptr<float>(), scratch_) {
     int64_t most = 0;
     for (const Level& level : layout.levels) most = std::max(most, level.pixels());
-    sums_ = scratch_.take<float>((most + 1) * layout.row);
+    if (cut.parts == 1) sums_ = scratch_.take<float>((most + 1) * layout.row);
     grads_ = scratch_.take<float>(kSampleTile * layout.row);
   }
 
@@ -116,13 +116,14 @@ class ValueGradient {
     const int64_t part = task % cut_.parts;
     const auto [unit, index] = unit_and_level(task / cut_.parts);
     const Level& level = layout_.levels[index];
-    tile_.use_levels(index, index + 1, level.pixels()); // the last row of sums_ is for corners outside
-    std::fill_n(sums_, level.pixels() * layout_.row, 0.0f);
+    float* sums = cut_.parts == 1 ? sums_ : part_of(part, unit, index);
+    tile_.use_levels(index, index + 1, level.pixels()); // the last row of sums is for corners outside
+    std::fill_n(sums, (level.pixels() + 1) * layout_.row, 0.0f);
     const int64_t first = layout_.queries * part / cut_.parts;
     const int64_t last = layout_.queries * (part + 1) / cut_.parts;
-    for (int64_t q = first; q < last; q += tile_.queries) scatter(unit, q, std::min(tile_.queries, last - q));
-    if (cut_.parts == 1) return write(unit, level);
-    std::copy_n(sums_, level.pixels() * layout_.row, part_of(part, unit, level));
+    for (int64_t q = first; q < last; q += tile_.queries)
+      scatter(unit, q, std::min(tile_.queries, last - q), sums);
+    if (cut_.parts == 1) write(unit, level, sums);
   }
 
   // Adds up the parts of one level of one unit.
@@ -130,9 +131,9 @@ class ValueGradient {
     const auto [unit, index] = unit_and_level(task);
     const Level& level = layout_.levels[index];
     const int64_t n = level.pixels() * layout_.row;
-    std::copy_n(part_of(0, unit, level), n, sums_);
-    for (int64_t part = 1; part < cut_.parts; ++part) simd_.add(part_of(part, unit, level), sums_, n);
-    write(unit, level);
+    float* sums = part_of(0, unit, index);
+    for (int64_t part = 1; part < cut_.parts; ++part) simd_.add(part_of(part, unit, index), sums, n);
+    write(unit, level, sums);
   }
 
  private:
@@ -141,25 +142,28 @@ class ValueGradient {
     return {index % layout_.units(), index / layout_.units()};
   }
 
-  float* part_of(int64_t part, int64_t unit, const Level& level) const {
-    return partial_ + ((part * layout_.units() + unit) * layout_.pixels + level.first) * layout_.row;
+  // Every level has one row more, for corners outside.
+  float* part_of(int64_t part, int64_t unit, int64_t index) const {
+    const int64_t rows = layout_.pixels + static_cast<int64_t>(layout_.levels.size());
+    return partial_ +
+           ((part * layout_.units() + unit) * rows + layout_.levels[index].first + index) * layout_.row;
   }
 
-  void scatter(int64_t unit, int64_t begin, int64_t n) {
+  void scatter(int64_t unit, int64_t begin, int64_t n, float* sums) {
     const int64_t head = unit % layout_.heads, batch = unit / layout_.heads, per_query = tile_.per_query;
     tile_.load(simd_, unit, begin, n);
     const Io* grad = grad_ + (batch * layout_.queries + begin) * layout_.embed() + head * layout_.dim;
     simd_.widen_rows(grad, layout_.embed(), n, layout_.dim, grads_, layout_.row);
     for (int64_t q = 0; q < n; ++q) {
       simd_.scatter(
-          grads_ + q * layout_.row, tile_.samples, q * per_query, (q + 1) * per_query, sums_, layout_.row);
+          grads_ + q * layout_.row, tile_.samples, q * per_query, (q + 1) * per_query, sums, layout_.row);
     }
   }
 
-  void write(int64_t unit, const Level& level) {
+  void write(int64_t unit, const Level& level, const float* sums) {
     const int64_t head = unit % layout_.heads, batch = unit / layout_.heads;
     Io* to = grad_value_ + (batch * layout_.pixels + level.first) * layout_.embed() + head * layout_.dim;
-    simd_.narrow_rows(sums_, layout_.row, level.pixels(), layout_.dim, to, layout_.embed());
+    simd_.narrow_rows(sums, layout_.row, level.pixels(), layout_.dim, to, layout_.embed());
   }
 
   const DeformableLayout& layout_;
@@ -170,7 +174,7 @@ class ValueGradient {
   const DeformableKernels<Io>& simd_;
   Scratch scratch_;
   SampleTile tile_;
-  float *sums_, *grads_;
+  float *sums_ = nullptr, *grads_;
 };
 
 template <typename Io>
@@ -190,7 +194,8 @@ void backward(const DeformableLayout& layout, const at::Tensor& value, const Cal
   const Cut cut(layout);
   at::Tensor parts;
   if (cut.parts > 1) {
-    parts = at::empty({cut.parts, layout.units(), layout.pixels, layout.row}, call.locations.options());
+    const int64_t rows = layout.pixels + static_cast<int64_t>(layout.levels.size());
+    parts = at::empty({cut.parts, layout.units(), rows, layout.row}, call.locations.options());
   }
   float* partial = cut.parts > 1 ? parts.data_ptr<float>() : nullptr;
   const auto worker = [&] { return ValueGradient<Io>(layout, cut, call, partial); };

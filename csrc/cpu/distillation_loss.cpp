@@ -1,43 +1,33 @@
-// distillation_loss on the CPU. Meaning and formulas: rskernels/ops/distillation_loss.py.
+// distillation_loss on the CPU: how maps become a call, and the forward pass. Meaning and formulas:
+// rskernels/ops/distillation_loss.py.
 //
-// One pass over both maps gives both sums and a few statistics per distribution; one more pass gives the gradient.
-// The softmax is an online one: exponentials relative to a reference that is replaced only where it must be.
-// Tasks are cut by shape, and their sums added up in order, in double: the same bits for any number of threads.
-#include <ATen/core/Tensor.h>
+// One pass over both maps gives both sums and a few statistics per distribution; one more pass gives the gradient
+// (distillation_loss_backward.cpp). The softmax is an online one: exponentials relative to a reference that is
+// replaced only where it must be. Tasks are cut by shape, and their sums added up in order, in double: the same
+// bits for any number of threads.
+#include "distillation_loss.h"
+
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
-#include "distillation_loss.h"
 #include "work.h"
 
 #define RSK_SIMD_FILE "distillation_loss_simd.h"
 #include "foreach_isa.h"
 
 namespace rskernels {
-namespace {
 
 using at::Tensor;
 
-constexpr int64_t kTaskValues = int64_t(1) << 15; // of one map: enough to make a task's overhead small
+// ---------------------------------------------------------------- maps
 
-template <typename S, typename T>
-const DistillationKernels& kernels() {
-  return RSK_AT_ISA_LEVEL(kDistillationKernels<S, T>);
-}
-
-const DistillationKernels& kernels_for(at::ScalarType student, at::ScalarType teacher) {
-  const bool s = student == at::kBFloat16, t = teacher == at::kBFloat16;
-  if (s) return t ? kernels<at::BFloat16, at::BFloat16>() : kernels<at::BFloat16, float>();
-  return t ? kernels<float, at::BFloat16>() : kernels<float, float>();
-}
+namespace {
 
 // The strides of a map; those that its size makes meaningless as in a contiguous one.
 std::array<int64_t, 4> strides_of(const Tensor& map) {
@@ -54,13 +44,16 @@ int64_t pixel_stride(const Tensor& map) {
   return map.size(3) == 1 ? strides[2] : strides[3];
 }
 
-// Can the map be read in place? Pixels must be evenly spaced where they are the lanes.
-bool serves(const Tensor& map, bool channel) {
+} // namespace
+
+bool distillation_reads_in_place(const Tensor& map, bool channel) {
   const auto [b, c, y, x] = strides_of(map);
   if (!channel) return x == 1 || c == 1;
   const bool even = y == map.size(3) * x || map.size(2) == 1 || map.size(3) == 1;
   return even && (c == 1 || pixel_stride(map) == 1);
 }
+
+namespace {
 
 // Rows of all channels and images, evenly spaced.
 bool has_even_rows(const Tensor& map) {
@@ -106,8 +99,10 @@ struct Shape {
   }
 };
 
-DistillationCall describe(const Tensor& student, const Tensor& teacher, const Tensor& grad, const Tensor& stats,
-    bool channel, Divergence divergence, double temperature) {
+} // namespace
+
+DistillationCall describe_distillation(const Tensor& student, const Tensor& teacher, const Tensor& grad,
+    const Tensor& stats, bool channel, Divergence divergence, double temperature) {
   std::vector<Tensor> maps{student, teacher};
   if (grad.defined()) maps.push_back(grad);
   const Shape shape(maps, channel);
@@ -120,117 +115,102 @@ DistillationCall describe(const Tensor& student, const Tensor& teacher, const Te
   call.in_place = across == 3;
   // Distributions that do not fill vectors are faster transposed, unless long.
   call.along = across == 0 && (call.steps % kVectorLanes == 0 || call.steps >= 6 * kVectorLanes);
-  call.tile_lanes = kTileLanes;
-  if (call.in_place && call.outer1 * call.outer2 * call.lanes >= 32 * kWideTile) call.tile_lanes = kWideTile;
+  call.tile_lanes = call.in_place ? kWideTile : kTileLanes;
+  call.parts = 1;
+  call.part_steps = call.steps;
+  if (call.in_place) {
+    // Long runs of memory are worth more than whole distributions: their sums are added up afterwards.
+    constexpr int64_t kEnoughTiles = 24, kFewestSteps = 64;
+    const int64_t wanted = (kEnoughTiles + call.whole_tiles() - 1) / call.whole_tiles();
+    const int64_t parts = std::max<int64_t>(1, std::min(wanted, call.steps / kFewestSteps));
+    call.part_steps = (call.steps + parts - 1) / parts;
+    call.parts = (call.steps + call.part_steps - 1) / call.part_steps;
+  }
   call.divergence = divergence;
   call.temperature = static_cast<float>(temperature);
   call.exponent = static_cast<float>(1.4426950408889634 / temperature);
   return call;
 }
 
-Tensor readable(const Tensor& map, bool channel) {
-  return serves(map, channel) ? map : map.contiguous();
+DistillationTasks::DistillationTasks(int64_t tiles_, int64_t tile_values) : tiles(tiles_) {
+  constexpr int64_t kTaskValues = int64_t(1) << 15; // of one map: enough to make a task's overhead small
+  tiles_each = std::max<int64_t>(1, kTaskValues / tile_values);
+  count = (tiles + tiles_each - 1) / tiles_each;
 }
 
-// Runs tiles in tasks whose cut depends on the shape alone.
-struct Tasks {
-  int64_t tiles, tiles_each, count;
+// ---------------------------------------------------------------- forward
 
-  explicit Tasks(const DistillationCall& call)
-      : tiles(call.tiles()),
-        tiles_each(std::max<int64_t>(1, kTaskValues / (call.steps * std::min(call.lanes, call.tile_lanes)))),
-        count((tiles + tiles_each - 1) / tiles_each) {}
-  int64_t begin(int64_t task) const { return task * tiles_each; }
-  int64_t end(int64_t task) const { return std::min(tiles, begin(task) + tiles_each); }
-};
+namespace {
 
-Divergence divergence_of(std::string_view direction) {
-  return direction == "student||teacher" ? Divergence::student_teacher : Divergence::teacher_student;
+template <typename S, typename T>
+DistillationForward forward() {
+  return RSK_AT_ISA_LEVEL(distillation::kForward<S, T>);
 }
 
-// What the sum of all divergences is divided by.
-double count_of(const Tensor& student, bool channel, std::string_view reduction) {
-  const int64_t batch = student.size(0);
-  return static_cast<double>(
-      reduction == "batchmean" ? batch : student.numel() / student.size(channel ? 1 : 3));
+DistillationForward forward_for(at::ScalarType student, at::ScalarType teacher) {
+  const bool s = student == at::kBFloat16, t = teacher == at::kBFloat16;
+  if (s) return t ? forward<at::BFloat16, at::BFloat16>() : forward<at::BFloat16, float>();
+  return t ? forward<float, at::BFloat16>() : forward<float, float>();
 }
+
+using TilePass = void (*)(const DistillationCall& call, int64_t tile, DistillationSums& sums);
 
 struct Forward {
   const DistillationCall& call;
-  const DistillationKernels& simd;
-  const Tasks& tasks;
+  TilePass pass;
+  const DistillationTasks& tasks;
   DistillationSums* sums;
 
   void run(int64_t task) {
     DistillationSums sum;
-    for (int64_t tile = tasks.begin(task); tile < tasks.end(task); ++tile) simd.forward_tile(call, tile, sum);
+    for (int64_t tile = tasks.begin(task); tile < tasks.end(task); ++tile) pass(call, tile, sum);
     sums[task] = sum;
   }
 };
 
-struct Backward {
-  const DistillationCall& call;
-  const DistillationKernels& simd;
-  const Tasks& tasks;
-
-  void run(int64_t task) {
-    for (int64_t tile = tasks.begin(task); tile < tasks.end(task); ++tile) simd.backward_tile(call, tile);
-  }
-};
-
-std::tuple<Tensor, Tensor, Tensor> distillation_loss_forward(const Tensor& student_, const Tensor& teacher_,
-    std::string_view axis, std::string_view direction, double temperature, std::string_view reduction) {
-  const bool channel = axis == "channel";
-  const Tensor student = readable(student_, channel), teacher = readable(teacher_, channel);
-  const Divergence divergence = divergence_of(direction);
-  const auto scalars = student.options().dtype(at::kFloat);
-  const int64_t rows = divergence == Divergence::student_teacher ? 3 : 4;
-  const Tensor stats = at::empty({rows, student.numel() / student.size(channel ? 1 : 3)}, scalars);
-  const DistillationCall call = describe(student, teacher, Tensor(), stats, channel, divergence, temperature);
-  const DistillationKernels& simd = kernels_for(student.scalar_type(), teacher.scalar_type());
-  const Tasks tasks(call);
+// `pass` over `tiles` tiles, and the sum of what they give.
+DistillationSums sum_tiles(const DistillationCall& call, TilePass pass, int64_t tiles, int64_t tile_values) {
+  const DistillationTasks tasks(tiles, tile_values);
   std::vector<DistillationSums> sums(tasks.count);
-  run_tasks(tasks.count, 1, [&] { return Forward{call, simd, tasks, sums.data()}; });
+  run_tasks(tasks.count, 1, [&] { return Forward{call, pass, tasks, sums.data()}; });
   DistillationSums total;
   for (const DistillationSums& sum : sums) {
     total.kl += sum.kl;
     total.squares += sum.squares;
   }
-  const double kl = total.kl * temperature * temperature / count_of(student, channel, reduction);
-  const double mse = total.squares / static_cast<double>(student.numel());
-  return {at::scalar_tensor(kl, scalars), at::scalar_tensor(mse, scalars), stats};
+  return total;
 }
 
-Tensor distillation_loss_backward(const std::optional<Tensor>& grad_kl, const std::optional<Tensor>& grad_mse,
-    const Tensor& student_, const Tensor& teacher_, const Tensor& stats, std::string_view axis,
-    std::string_view direction, double temperature, std::string_view reduction) {
+std::tuple<Tensor, Tensor, Tensor> distillation_loss_forward(const Tensor& student_, const Tensor& teacher_,
+    std::string_view axis, std::string_view direction, double temperature, std::string_view reduction) {
   const bool channel = axis == "channel";
-  const Tensor student = readable(student_, channel), teacher = readable(teacher_, channel);
-  const Divergence divergence = grad_kl.has_value() ? divergence_of(direction) : Divergence::none;
-  const Tensor result = at::empty_like(student_);
-  const Tensor grad = serves(result, channel) ? result : at::empty_like(student, at::MemoryFormat::Contiguous);
+  const Tensor student = distillation_readable(student_, channel),
+               teacher = distillation_readable(teacher_, channel);
+  const Divergence divergence = distillation_divergence(direction);
+  const auto scalars = student.options().dtype(at::kFloat);
+  const int64_t rows = divergence == Divergence::student_teacher ? 3 : 4;
+  const Tensor stats = at::empty({rows, student.numel() / student.size(channel ? 1 : 3)}, scalars);
   DistillationCall call =
-      describe(student, teacher, grad, stats.contiguous(), channel, divergence, temperature);
-  if (grad_kl.has_value()) {
-    const double scale = divergence == Divergence::student_teacher ? 1.0 : temperature;
-    call.kl_factor =
-        static_cast<float>(grad_kl->item<double>() * scale / count_of(student, channel, reduction));
+      describe_distillation(student, teacher, Tensor(), stats, channel, divergence, temperature);
+  const DistillationForward simd = forward_for(student.scalar_type(), teacher.scalar_type());
+  const int64_t lanes = std::min(call.lanes, call.tile_lanes);
+  Tensor partial;
+  if (call.parts > 1) {
+    partial = at::empty({call.tiles(), kPartialRows, kWideTile}, scalars);
+    call.partial = partial.data_ptr<float>();
   }
-  if (grad_mse.has_value()) {
-    call.mse_factor = static_cast<float>(grad_mse->item<double>() * 2 / static_cast<double>(student.numel()));
-  }
-  const DistillationKernels& simd = kernels_for(student.scalar_type(), teacher.scalar_type());
-  const Tasks tasks(call);
-  run_tasks(tasks.count, 1, [&] { return Backward{call, simd, tasks}; });
-  if (!grad.is_same(result)) result.copy_(grad);
-  return result;
+  DistillationSums total = sum_tiles(call, simd.tile, call.tiles(), lanes * call.part_steps);
+  if (call.parts > 1)
+    total = sum_tiles(call, simd.merge, call.whole_tiles(), lanes * call.parts * kPartialRows);
+  const double kl = total.kl * temperature * temperature / distillation_count(student, channel, reduction);
+  const double mse = total.squares / static_cast<double>(student.numel());
+  return {at::scalar_tensor(kl, scalars), at::scalar_tensor(mse, scalars), stats};
 }
 
 } // namespace
 
 TORCH_LIBRARY_IMPL(rskernels, CPU, m) {
   m.impl("distillation_loss_forward", &distillation_loss_forward);
-  m.impl("distillation_loss_backward", &distillation_loss_backward);
 }
 
 } // namespace rskernels

@@ -1,18 +1,11 @@
-// The vector passes of distillation_loss, for one instruction set (see foreach_isa.h).
+// The forward pass of distillation_loss over tiles, for one instruction set (see foreach_isa.h).
+#include "distillation_loss_tile_simd.h"
 
-constexpr int kTileVectors = kWideTile / kLanes;
-constexpr float kPadding = -1e30f;   // a value beside which no other counts
-constexpr float kTooLarge = 1 << 24; // a sum of exponentials that calls for a new reference
+namespace distillation {
 
-// 2^x for x of any size; some huge number where that overflows.
-template <int kDegree>
-RSK_INLINE VecF exp2_any(VecF x) {
-#if RSK_LEVEL >= 2
-  return exp2<kDegree>(x);
-#else
-  return exp2<kDegree>(x > 126.0f ? splat(126.0f) : x);
-#endif
-}
+constexpr int64_t kFirstLook = kBlock; // values whose largest is the first reference
+constexpr float kPadding = -1e30f;     // a value beside which no other counts
+constexpr float kTooLarge = 1 << 24;   // a sum of exponentials that calls for a new reference
 
 // log(x) for normal x; accurate relative to log(x) itself near 1. x = 2^e m with m about 1, then the series of
 // the inverse hyperbolic tangent.
@@ -47,120 +40,22 @@ RSK_INLINE VecF largest_lane(VecF x) {
   return splat(largest);
 }
 
-// Lane i of rows[0]: the sum of row i. A transposition that adds up as it goes.
-template <int kStep = 1>
-RSK_INLINE VecF sum_of_each(VecF (&rows)[kLanes]) {
+// Lane i of the result: the sum of row i, or its largest value. A transposition that reduces as it goes.
+template <bool kLargest, int kStep = 1>
+RSK_INLINE VecF of_each(VecF (&rows)[kLanes]) {
   if constexpr (kStep < kLanes) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; i += 2 * kStep) {
       swap_quarters<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>());
-      rows[i] += rows[i + kStep];
+      rows[i] = kLargest ? vmax(rows[i], rows[i + kStep]) : rows[i] + rows[i + kStep];
     }
-    return sum_of_each<2 * kStep>(rows);
+    return of_each<kLargest, 2 * kStep>(rows);
   } else {
     return rows[0];
   }
 }
 
-inline void copy_part(const c10::BFloat16* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
-}
-
-inline void copy_part(const float* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-}
-
-// n < kLanes values, the rest filled up.
-template <typename Io>
-RSK_INLINE VecF load_part(const Io* from, int64_t n, float fill) {
-  float values[kLanes];
-  store(values, splat(fill));
-  copy_part(from, values, n);
-  return load(values);
-}
-
-template <typename Io>
-RSK_INLINE void store_part(Io* to, VecF x, int64_t n) {
-  Io values[kLanes];
-  store(values, x);
-  for (int64_t i = 0; i < n; ++i) to[i] = values[i];
-}
-
-// ---------------------------------------------------------------- tiles
-
-// Where a tile is.
-struct Tile {
-  int64_t outer1, outer2, first_lane, lanes;
-
-  Tile(const DistillationCall& call, int64_t index) {
-    const int64_t across = call.tiles_across(), outer = index / across;
-    outer1 = outer / call.outer2;
-    outer2 = outer % call.outer2;
-    first_lane = index % across * call.tile_lanes;
-    // Lanes that do not fill a vector are a tile of their own, after the last whole tile and what is left of it.
-    const int64_t whole = call.lanes / kVectorLanes * kVectorLanes;
-    if (call.in_place && index % across == across - 1 && whole < call.lanes) first_lane = whole;
-    const int64_t end = call.in_place && first_lane < whole ? whole : call.lanes;
-    lanes = end - first_lane < call.tile_lanes ? end - first_lane : call.tile_lanes;
-  }
-  int64_t offset(const Map& map) const {
-    return outer1 * map.outer1 + outer2 * map.outer2 + first_lane * map.lane;
-  }
-  int64_t vectors() const { return (lanes + kLanes - 1) / kLanes; }
-  bool in_place(const DistillationCall& call) const { return call.in_place && lanes % kLanes == 0; }
-};
-
-// Steps begin ... begin + steps of a tile as rows of kTileLanes values; lanes that are missing become zeros.
-template <typename Io>
-inline void move_in(const Map& map, const Tile& tile, int64_t begin, int64_t steps, float* to) {
-  const Io* data = reinterpret_cast<const Io*>(map.data);
-  const Io* from = data + tile.offset(map) + begin * map.step;
-  const int64_t width = tile.vectors() * kLanes;
-  if (map.across) {
-    for (int64_t i = 0; i < steps; ++i) {
-      copy_row(from + i * map.step, to + i * kTileLanes, tile.lanes);
-      for (int64_t lane = tile.lanes; lane < width; ++lane) to[i * kTileLanes + lane] = 0;
-    }
-    return;
-  }
-  const Io* last_whole = data + map.extent - kLanes;
-  for (int64_t lane = 0; lane < width; lane += kLanes) {
-    for (int64_t step = 0; step < steps; step += kLanes) {
-      VecF square[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const Io* row = from + (lane + i) * map.lane + step;
-        const int64_t n = steps - step < kLanes ? steps - step : kLanes;
-        // Running over the end of a row is fine, over the end of the map it is not.
-        square[i] = lane + i >= tile.lanes ? VecF{} : row <= last_whole ? load(row) : load_part(row, n, 0);
-      }
-      transpose_square(square);
-      for (int64_t i = 0; i < kLanes && step + i < steps; ++i)
-        store(to + (step + i) * kTileLanes + lane, square[i]);
-    }
-  }
-}
-
-template <typename Io>
-inline void move_out(const Map& map, const Tile& tile, int64_t begin, int64_t steps, const float* from) {
-  Io* to = reinterpret_cast<Io*>(map.data) + tile.offset(map) + begin * map.step;
-  if (map.across) {
-    for (int64_t i = 0; i < steps; ++i) copy_row(from + i * kTileLanes, to + i * map.step, tile.lanes);
-    return;
-  }
-  for (int64_t lane = 0; lane < tile.lanes; lane += kLanes) {
-    for (int64_t step = 0; step < steps; step += kLanes) {
-      VecF square[kLanes];
-      load_square(from + step * kTileLanes + lane, kTileLanes, nullptr, steps - step, square);
-      transpose_square(square);
-      for (int64_t i = 0; i < kLanes && lane + i < tile.lanes; ++i) {
-        Io* row = to + (lane + i) * map.lane + step;
-        steps - step >= kLanes ? store(row, square[i]) : store_part(row, square[i], steps - step);
-      }
-    }
-  }
-}
-
-// ---------------------------------------------------------------- forward
+// ---------------------------------------------------------------- sums
 
 // What is known of one vector of distributions, or of one distribution read along its steps. `weighted` is the
 // sum of e (s - t - shift), where e are the exponentials of whichever comes first in the divergence.
@@ -195,8 +90,23 @@ RSK_INLINE void add_steps(const S* s, int64_t s_stride, const T* t, int64_t t_st
   block.squares = squares;
 }
 
-// The largest values so far become the references. References need not be maxima, the first values do, but
-// exponentials must not overflow.
+// Makes sums relative to other references.
+template <bool kTeacherFirst>
+RSK_INLINE void rebase(VecF reference_s, VecF reference_t, float exponent, Sums& now) {
+  const VecF factor_s = exp2_any<5>((now.reference_s - reference_s) * exponent);
+  const VecF factor_t = exp2_any<5>((now.reference_t - reference_t) * exponent);
+  const VecF shift = reference_s - reference_t;
+  now.weighted += (now.shift - shift) * (kTeacherFirst ? now.z_t : now.z_s);
+  now.weighted *= kTeacherFirst ? factor_t : factor_s;
+  now.z_s *= factor_s;
+  now.z_t *= factor_t;
+  now.reference_s = reference_s;
+  now.reference_t = reference_t;
+  now.shift = shift;
+}
+
+// The largest values so far become the references. References need not be maxima: that of the first few
+// values does (the nearer, the smaller the rounding of differences), but exponentials must not overflow.
 template <bool kTeacherFirst, bool kAlong, typename S, typename T>
 __attribute__((noinline)) void raise_references(const S* s, int64_t s_stride, const T* t, int64_t t_stride,
     int64_t steps, float exponent, const BlockSums& block, Sums& now) {
@@ -212,20 +122,18 @@ __attribute__((noinline)) void raise_references(const S* s, int64_t s_stride, co
     s_max = block.z_s < kTooLarge ? now.reference_s : s_max;
     t_max = block.z_t < kTooLarge ? now.reference_t : t_max;
   }
-  const VecF factor_s = exp2_any<5>((now.reference_s - s_max) * exponent);
-  const VecF factor_t = exp2_any<5>((now.reference_t - t_max) * exponent);
-  const VecF shift = s_max - t_max;
-  now.weighted += (now.shift - shift) * (kTeacherFirst ? now.z_t : now.z_s);
-  now.weighted *= kTeacherFirst ? factor_t : factor_s;
-  now.z_s *= factor_s;
-  now.z_t *= factor_t;
-  now.reference_s = s_max;
-  now.reference_t = t_max;
-  now.shift = shift;
+  rebase<kTeacherFirst>(s_max, t_max, exponent, now);
 }
 
 RSK_INLINE Sums start(VecF s, VecF t) {
   return Sums{s, t, s - t, VecF{}, VecF{}, VecF{}, VecF{}};
+}
+
+template <typename Io>
+RSK_INLINE VecF largest(const Io* from, int64_t stride, int64_t steps) {
+  VecF result = load(from);
+  for (int64_t i = 1; i < steps; ++i) result = vmax(load(from + i * stride), result);
+  return result;
 }
 
 // A block ends. Where its exponentials grew too large, it is added up once more.
@@ -245,10 +153,14 @@ RSK_INLINE void merge_block(const S* s, int64_t s_stride, const T* t, int64_t t_
   now.squares += block.squares;
 }
 
-// At most kBlock steps of some vectors. Two steps at a time, so that memory is read in long runs.
+// At most kBlock steps of some vectors, the `first` of them or more. Two steps at a time, so that memory is read in long runs.
 template <bool kTeacherFirst, typename S, typename T>
 inline void add_block(const S* s, int64_t s_stride, const T* t, int64_t t_stride, int64_t steps,
-    int64_t vectors, bool prefetch, float exponent, Sums* now) {
+    int64_t vectors, bool first, bool prefetch, float exponent, Sums* now) {
+  const int64_t few = first && steps < kFirstLook ? steps : kFirstLook;
+  for (int64_t v = 0; first && v < vectors; ++v) {
+    now[v] = start(largest(s + v * kLanes, s_stride, few), largest(t + v * kLanes, t_stride, few));
+  }
   BlockSums block[kTileVectors];
   for (int64_t v = 0; v < vectors; ++v) block[v] = BlockSums{};
   int64_t i = 0;
@@ -316,13 +228,20 @@ inline Sums sums_along(const DistillationCall& call, const S* s, const T* t, int
   VecF z_s[kLanes], z_t[kLanes], weighted[kLanes], squares{};
   float reference_s[kLanes], reference_t[kLanes];
   const int64_t vectors = call.steps / kLanes, rest = call.steps % kLanes;
+  const int64_t few = vectors < kFirstLook / kLanes ? vectors : kFirstLook / kLanes;
+  for (int64_t lane = 0; lane < kLanes; ++lane) { // z_s, z_t: as buffers
+    z_s[lane] = lane < count ? largest(s + lane * call.student.lane, kLanes, few) : VecF{};
+    z_t[lane] = lane < count ? largest(t + lane * call.teacher.lane, kLanes, few) : VecF{};
+  }
+  store(reference_s, of_each<true>(z_s));
+  store(reference_t, of_each<true>(z_t));
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     Sums now = start(VecF{}, VecF{});
     now.z_s = now.z_t = splat(1.0f / kLanes); // of lanes that are missing
     if (lane < count) {
       const S* s_row = s + lane * call.student.lane;
       const T* t_row = t + lane * call.teacher.lane;
-      now = start(splat(static_cast<float>(s_row[0])), splat(static_cast<float>(t_row[0])));
+      now = start(splat(reference_s[lane]), splat(reference_t[lane]));
       for (int64_t i = 0; i < vectors; i += kBlock) {
         const int64_t some = vectors - i < kBlock ? vectors - i : kBlock;
         add_block_along<kTeacherFirst>(s_row + i * kLanes, t_row + i * kLanes, some, call.exponent, now);
@@ -342,15 +261,45 @@ inline Sums sums_along(const DistillationCall& call, const S* s, const T* t, int
     reference_t[lane] = now.reference_t[0];
   }
   Sums total = start(load(reference_s), load(reference_t));
-  total.z_s = sum_of_each(z_s);
-  total.z_t = sum_of_each(z_t);
-  total.weighted = sum_of_each(weighted);
+  total.z_s = of_each<false>(z_s);
+  total.z_t = of_each<false>(z_t);
+  total.weighted = of_each<false>(weighted);
   total.squares = squares;
   return total;
 }
 
+// ---------------------------------------------------------------- tiles
+
+// Some steps of a vector of distributions: kPartialRows rows of a part's tile.
+RSK_INLINE void store_partial(float* to, const Sums& now) {
+  const VecF rows[kPartialRows] = {
+      now.reference_s, now.reference_t, now.z_s, now.z_t, now.weighted, now.squares};
+  for (int64_t row = 0; row < kPartialRows; ++row) store(to + row * kWideTile, rows[row]);
+}
+
+RSK_INLINE Sums load_partial(const float* from) {
+  Sums now = start(load(from), load(from + kWideTile));
+  now.z_s = load(from + 2 * kWideTile);
+  now.z_t = load(from + 3 * kWideTile);
+  now.weighted = load(from + 4 * kWideTile);
+  now.squares = load(from + 5 * kWideTile);
+  return now;
+}
+
+template <bool kTeacherFirst>
+inline void finish_tile(
+    const DistillationCall& call, const Tile& tile, const Sums* now, DistillationSums& total) {
+  VecF kl{};
+  for (int64_t v = 0; v < tile.vectors(); ++v) {
+    kl += finish<kTeacherFirst>(call, tile, v * kLanes, now[v]);
+    for (int lane = 0; lane < kLanes; ++lane) total.squares += now[v].squares[lane];
+  }
+  for (int lane = 0; lane < kLanes; ++lane) total.kl += kl[lane];
+}
+
 template <bool kTeacherFirst, typename S, typename T>
-inline void forward_tile_of(const DistillationCall& call, const Tile& tile, DistillationSums& total) {
+inline void forward_tile_of(const DistillationCall& call, int64_t index, DistillationSums& total) {
+  const Tile tile(call, index / call.parts, index % call.parts);
   const S* s = reinterpret_cast<const S*>(call.student.data) + tile.offset(call.student);
   const T* t = reinterpret_cast<const T*>(call.teacher.data) + tile.offset(call.teacher);
   const int64_t vectors = tile.vectors();
@@ -361,164 +310,62 @@ inline void forward_tile_of(const DistillationCall& call, const Tile& tile, Dist
       now[v] = sums_along<kTeacherFirst>(
           call, s + lane * call.student.lane, t + lane * call.teacher.lane, tile.lanes - lane);
     }
-  } else if (tile.in_place(call)) {
-    for (int64_t v = 0; v < vectors; ++v) now[v] = start(load(s + v * kLanes), load(t + v * kLanes));
-    for (int64_t begin = 0; begin < call.steps; begin += kBlock) {
-      const int64_t steps = call.steps - begin < kBlock ? call.steps - begin : kBlock;
-      add_block<kTeacherFirst>(s + begin * call.student.step, call.student.step, t + begin * call.teacher.step,
-          call.teacher.step, steps, vectors, true, call.exponent, now);
-    }
   } else {
     alignas(64) float s_moved[kBlock * kTileLanes], t_moved[kBlock * kTileLanes];
-    for (int64_t begin = 0; begin < call.steps; begin += kBlock) {
-      const int64_t steps = call.steps - begin < kBlock ? call.steps - begin : kBlock;
-      move_in<S>(call.student, tile, begin, steps, s_moved);
-      move_in<T>(call.teacher, tile, begin, steps, t_moved);
-      for (int64_t v = 0; begin == 0 && v < vectors; ++v) {
-        now[v] = start(load(s_moved + v * kLanes), load(t_moved + v * kLanes));
+    for (int64_t begin = tile.first_step; begin < tile.end_step; begin += kBlock) {
+      const int64_t steps = tile.end_step - begin < kBlock ? tile.end_step - begin : kBlock;
+      const bool first = begin == tile.first_step;
+      if (tile.in_place(call)) {
+        add_block<kTeacherFirst>(s + begin * call.student.step, call.student.step,
+            t + begin * call.teacher.step, call.teacher.step, steps, vectors, first, true, call.exponent, now);
+      } else {
+        move_in<S>(call.student, tile, begin, steps, s_moved);
+        move_in<T>(call.teacher, tile, begin, steps, t_moved);
+        add_block<kTeacherFirst>(
+            s_moved, kTileLanes, t_moved, kTileLanes, steps, vectors, first, false, call.exponent, now);
       }
-      add_block<kTeacherFirst>(
-          s_moved, kTileLanes, t_moved, kTileLanes, steps, vectors, false, call.exponent, now);
     }
   }
-  VecF kl{};
-  for (int64_t v = 0; v < vectors; ++v) {
-    kl += finish<kTeacherFirst>(call, tile, v * kLanes, now[v]);
-    for (int lane = 0; lane < kLanes; ++lane) total.squares += now[v].squares[lane];
-  }
-  for (int lane = 0; lane < kLanes; ++lane) total.kl += kl[lane];
+  if (call.parts == 1) return finish_tile<kTeacherFirst>(call, tile, now, total);
+  float* partial = call.partial + index * kPartialRows * kWideTile;
+  for (int64_t v = 0; v < vectors; ++v) store_partial(partial + v * kLanes, now[v]);
 }
 
-// ---------------------------------------------------------------- backward
-
-// Per distribution; the factor of the gradient is in the inverse. `ratio` is inverse_t / inverse_s: P - Q is taken
-// before it is normalised, so that equal maps have none.
-struct Coefficients {
-  VecF reference_s, inverse_s, mean, reference_t, ratio;
-};
-
-template <Divergence kDivergence>
-inline Coefficients coefficients(const DistillationCall& call, const Tile& tile, int64_t lane) {
-  Coefficients c{};
-  if constexpr (kDivergence != Divergence::none) {
-    const int64_t count = tile.lanes - lane < kLanes ? tile.lanes - lane : kLanes;
-    const float* from = call.stats + tile.outer1 * call.stat_outer1 + tile.outer2 * call.stat_outer2 +
-                        (tile.first_lane + lane) * call.stat_lane;
-    float rows[4][kLanes] = {};
-    for (int row = 0; row < (kDivergence == Divergence::teacher_student ? 4 : 3); ++row) {
-      for (int64_t i = 0; i < count; ++i) rows[row][i] = from[row * call.stat_row + i * call.stat_lane];
+template <bool kTeacherFirst>
+inline void merge_tile_of(const DistillationCall& call, int64_t index, DistillationSums& total) {
+  const Tile tile(call, index, 0);
+  Sums now[kTileVectors];
+  for (int64_t v = 0; v < tile.vectors(); ++v) {
+    const float* partial = call.partial + index * call.parts * kPartialRows * kWideTile + v * kLanes;
+    Sums sum = load_partial(partial);
+    for (int64_t part = 1; part < call.parts; ++part) {
+      Sums more = load_partial(partial + part * kPartialRows * kWideTile);
+      const VecF reference_s = vmax(sum.reference_s, more.reference_s);
+      const VecF reference_t = vmax(sum.reference_t, more.reference_t);
+      rebase<kTeacherFirst>(reference_s, reference_t, call.exponent, sum);
+      rebase<kTeacherFirst>(reference_s, reference_t, call.exponent, more);
+      sum.z_s += more.z_s;
+      sum.z_t += more.z_t;
+      sum.weighted += more.weighted;
+      sum.squares += more.squares;
     }
-    const VecF inverse_s = load(rows[kInverseS]);
-    c = {load(rows[kReferenceS]), inverse_s * call.kl_factor, load(rows[kMeanDifference]),
-        load(rows[kReferenceT]), load(rows[kInverseT]) / inverse_s};
+    now[v] = sum;
   }
-  return c;
+  finish_tile<kTeacherFirst>(call, tile, now, total);
 }
-
-// d loss / d s. In a bf16 gradient an exponential of degree 3 is accurate enough, except in a difference of two.
-template <Divergence kDivergence, int kDegree>
-RSK_INLINE VecF gradient(VecF x, VecF y, const Coefficients& c, float exponent, float mse_factor) {
-  const VecF difference = x - y;
-  VecF sum = difference * mse_factor;
-  if constexpr (kDivergence == Divergence::student_teacher) {
-    sum += exp2_any<kDegree>((x - c.reference_s) * exponent) * c.inverse_s * (difference - c.mean);
-  } else if constexpr (kDivergence == Divergence::teacher_student) {
-    const VecF e_s = exp2_any<5>((x - c.reference_s) * exponent);
-    const VecF e_t = exp2_any<5>((y - c.reference_t) * exponent);
-    sum += (e_s - e_t * c.ratio) * c.inverse_s;
-  }
-  return sum;
-}
-
-template <Divergence kDivergence, int kDegree, typename S, typename T, typename G>
-inline void gradient_steps(const DistillationCall& call, const S* s, int64_t s_stride, const T* t,
-    int64_t t_stride, G* g, int64_t g_stride, int64_t steps, int64_t vectors, bool prefetch,
-    const Coefficients* c) {
-  const float exponent = call.exponent, factor = call.mse_factor;
-  for (int64_t i = 0; i < steps; ++i) {
-    const S* s_row = s + i * s_stride;
-    const T* t_row = t + i * t_stride;
-    G* g_row = g + i * g_stride;
-    for (int64_t lane = 0, v = 0; v < vectors; ++v, lane += kLanes) {
-      if (prefetch) {
-        __builtin_prefetch(s_row + 2 * s_stride + lane);
-        __builtin_prefetch(t_row + 2 * t_stride + lane);
-        __builtin_prefetch(g_row + 2 * g_stride + lane, 1);
-      }
-      const VecF x = load(s_row + lane), y = load(t_row + lane);
-      store(g_row + lane, gradient<kDivergence, kDegree>(x, y, c[v], exponent, factor));
-    }
-  }
-}
-
-// One distribution, read along its steps.
-template <Divergence kDivergence, int kDegree, typename S, typename T>
-inline void gradient_along(const DistillationCall& call, const S* s, const T* t, S* g, const Coefficients& c) {
-  const int64_t vectors = call.steps / kLanes, rest = call.steps % kLanes;
-  gradient_steps<kDivergence, kDegree>(call, s, kLanes, t, kLanes, g, kLanes, vectors, 1, false, &c);
-  if (rest > 0) {
-    const int64_t i = vectors * kLanes;
-    const VecF x = load_part(s + i, rest, 0), y = load_part(t + i, rest, 0);
-    store_part(g + i, gradient<kDivergence, kDegree>(x, y, c, call.exponent, call.mse_factor), rest);
-  }
-}
-
-template <Divergence kDivergence, typename S, typename T>
-inline void backward_tile_of(const DistillationCall& call, const Tile& tile) {
-  constexpr int kDegree = std::is_same_v<S, float> ? 5 : 3;
-  const S* s = reinterpret_cast<const S*>(call.student.data) + tile.offset(call.student);
-  const T* t = reinterpret_cast<const T*>(call.teacher.data) + tile.offset(call.teacher);
-  S* g = reinterpret_cast<S*>(call.grad.data) + tile.offset(call.grad);
-  Coefficients c[kTileVectors];
-  for (int64_t v = 0; v < tile.vectors(); ++v) c[v] = coefficients<kDivergence>(call, tile, v * kLanes);
-  if (call.along) {
-    for (int64_t i = 0; i < tile.lanes; ++i) {
-      const Coefficients& all = c[i / kLanes];
-      const int64_t lane = i % kLanes;
-      const Coefficients one{splat(all.reference_s[lane]), splat(all.inverse_s[lane]), splat(all.mean[lane]),
-          splat(all.reference_t[lane]), splat(all.ratio[lane])};
-      gradient_along<kDivergence, kDegree>(
-          call, s + i * call.student.lane, t + i * call.teacher.lane, g + i * call.grad.lane, one);
-    }
-    return;
-  }
-  if (tile.in_place(call)) {
-    gradient_steps<kDivergence, kDegree>(call, s, call.student.step, t, call.teacher.step, g, call.grad.step,
-        call.steps, tile.vectors(), true, c);
-    return;
-  }
-  alignas(64) float s_moved[kBlock * kTileLanes], t_moved[kBlock * kTileLanes], g_moved[kBlock * kTileLanes];
-  for (int64_t begin = 0; begin < call.steps; begin += kBlock) {
-    const int64_t steps = call.steps - begin < kBlock ? call.steps - begin : kBlock;
-    move_in<S>(call.student, tile, begin, steps, s_moved);
-    move_in<T>(call.teacher, tile, begin, steps, t_moved);
-    gradient_steps<kDivergence, kDegree>(
-        call, s_moved, kTileLanes, t_moved, kTileLanes, g_moved, kTileLanes, steps, tile.vectors(), false, c);
-    move_out<S>(call.grad, tile, begin, steps, g_moved);
-  }
-}
-
-// ---------------------------------------------------------------- entry points
 
 template <typename S, typename T>
 inline void forward_tile(const DistillationCall& call, int64_t index, DistillationSums& sums) {
-  const Tile tile(call, index);
-  call.divergence == Divergence::teacher_student ? forward_tile_of<true, S, T>(call, tile, sums)
-                                                 : forward_tile_of<false, S, T>(call, tile, sums);
+  call.divergence == Divergence::teacher_student ? forward_tile_of<true, S, T>(call, index, sums)
+                                                 : forward_tile_of<false, S, T>(call, index, sums);
+}
+
+inline void merge_tile(const DistillationCall& call, int64_t index, DistillationSums& sums) {
+  call.divergence == Divergence::teacher_student ? merge_tile_of<true>(call, index, sums)
+                                                 : merge_tile_of<false>(call, index, sums);
 }
 
 template <typename S, typename T>
-inline void backward_tile(const DistillationCall& call, int64_t index) {
-  const Tile tile(call, index);
-  switch (call.divergence) {
-    case Divergence::student_teacher:
-      return backward_tile_of<Divergence::student_teacher, S, T>(call, tile);
-    case Divergence::teacher_student:
-      return backward_tile_of<Divergence::teacher_student, S, T>(call, tile);
-    case Divergence::none:
-      return backward_tile_of<Divergence::none, S, T>(call, tile);
-  }
-}
+inline constexpr DistillationForward kForward = {forward_tile<S, T>, merge_tile};
 
-template <typename S, typename T>
-inline constexpr DistillationKernels kDistillationKernels = {forward_tile<S, T>, backward_tile<S, T>};
+} // namespace distillation

@@ -99,6 +99,10 @@ def _check(
         )
     if value.dim() != 4:
         raise ValueError(f"deformable_attention: value has shape {tuple(value.shape)}; expected (B, S, h, d)")
+    if len(spatial_shapes) == 0:
+        raise ValueError(
+            "deformable_attention: spatial_shapes is empty; expected (height, width) of each level"
+        )
     if any(height < 1 or width < 1 for height, width in spatial_shapes):
         raise ValueError(
             f"deformable_attention: spatial_shapes is {list(spatial_shapes)}; expected sides of at least 1"

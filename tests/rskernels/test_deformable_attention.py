@@ -107,6 +107,7 @@ def test_compiles_as_one_graph():
     [
         (TypeError, "spatial_shapes is a tensor", {"spatial_shapes": torch.tensor(LEVELS)}),
         (ValueError, r"value has shape \(27, 2, 3\)", {"value": torch.zeros(27, 2, 3)}),
+        (ValueError, "spatial_shapes is empty", {"spatial_shapes": (), "value": torch.zeros(2, 0, 2, 3)}),
         (ValueError, "expected sides of at least 1", {"spatial_shapes": ((-4, -5), (2, 3), (1, 1))}),
         (ValueError, "value has 27 pixels; expected 26", {"spatial_shapes": ((4, 5), (2, 3))}),
         (
