@@ -197,12 +197,9 @@ void input_gradients(const std::vector<OwnedMap<const Tile>>& grads, const std::
     if (!wanted.features[f]) continue;
     InputGradient<Io, Tile> map;
     for (size_t branch = shared ? 0 : f; branch < (shared ? weights.size() : f + 1); ++branch) {
-      const Tensor weight = weights[branch].contiguous();
-      const int64_t outputs = weight.size(0), inputs = weight.size(1);
       map.grads.push_back(&grads[branch]);
       map.dilations.push_back(dilations[branch]);
-      map.weights.push_back(pack<Io, Tile>(weight, static_cast<const Io*>(weight.const_data_ptr()),
-          {outputs, inputs, kTaps * inputs, kTaps, kTaps, true}));
+      map.weights.push_back(pack_convolution<Io, Tile>(weights[branch], true));
     }
     map.out = at::empty(
         {geometry.batch, geometry.height, geometry.width, weights[f].size(1)}, options_of<Io>(weights[f]));
