@@ -190,8 +190,7 @@ template <typename Io, typename Tile>
 void forward(const Call& call) {
   std::vector<OwnedMap<const Tile>> maps;
   for (const at::Tensor& x : call.features) maps.push_back(operand_map<Io, Tile>(x));
-  // A projection wants all branches of a patch. Otherwise one after the other: their packed weights take the same
-  // memory in turn, whose first use costs more than packing.
+  // A projection wants all branches of a patch. Otherwise one after the other: only one has packed weights.
   const size_t branches = call.weights.size(), together = call.projection_weight.has_value() ? branches : 1;
   for (size_t first = 0; first < branches; first += together) {
     const Prepared<Io, Tile> prepared(call, maps, first, together);
