@@ -27,10 +27,25 @@ class Shape:
     projection: int = 0
 
     def flops(self) -> float:
-        """Of the whole convolutions: products with the zero padding count, although nobody need make them."""
+        """Of the products inside the map: those with the zero padding are skipped by oneDNN and by us. Per
+        axis, of a tap's three positions two miss `dilation` pixels of `size`."""
         pixels = self.batch * self.size**2
-        channels = sum(self.inputs) * (4 // len(self.inputs))
-        return 2.0 * pixels * self.outputs * (9 * channels + 4 * self.projection)
+        inputs = self.inputs * (4 // len(self.inputs))
+        taps = [(3 - 2 * d / self.size) ** 2 for d in DILATIONS]
+        products = sum(c * n for c, n in zip(inputs, taps, strict=True)) + 4 * self.projection
+        return 2.0 * pixels * self.outputs * products
+
+    def bytes(self, dtype: torch.dtype, which: str) -> float:
+        """Features, weights and output once; backward reads the first two and the output's gradient, and
+        writes the gradients of features and weights."""
+        pixels = self.batch * self.size**2
+        features = pixels * sum(self.inputs)
+        weights = 9 * sum(self.inputs) * (4 // len(self.inputs)) * self.outputs
+        weights += 4 * self.outputs * self.projection
+        out = pixels * (self.projection or 4 * self.outputs)
+        forward, backward = features + weights + out, 2 * (features + weights) + out
+        moved = {"forward": forward, "backward": backward, "both": forward + backward}[which]
+        return float(moved * dtype.itemsize)
 
 
 SHAPES = [
@@ -117,6 +132,7 @@ def cases() -> list[Case]:
             build=partial(build, shape, activation, dtype, which),
             dtype=dtype,
             flops=shape.flops() * {"forward": 1, "backward": 2, "both": 3}[which],
+            bytes=shape.bytes(dtype, which),
         )
         for which in PASSES
         for shape, activation in zip(SHAPES, ("gelu", "gelu", "relu", "relu", "relu"), strict=True)

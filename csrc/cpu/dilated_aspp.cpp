@@ -51,33 +51,41 @@ struct Call {
   OptionalTensor projection_weight;
   at::Tensor projection_offset;
   at::Tensor out, kept; // kept undefined where nobody wants it
+
+  int64_t channels() const {
+    int64_t sum = 0;
+    for (const at::Tensor& weight : weights) sum += weight.size(0);
+    return sum;
+  }
 };
 
+// Operands of `count` branches from `first` on.
 template <typename Io, typename Tile>
 struct Prepared {
-  std::vector<OwnedMap<const Tile>> maps;
+  const std::vector<OwnedMap<const Tile>>& maps;
+  const size_t first;
   std::vector<PackedTaps<Tile>> weights;
   std::vector<int64_t> first_channel; // of a branch in the concatenation
   PackedTaps<Tile> projection;
-  int64_t channels = 0;
+  const int64_t channels; // of the concatenation
 
-  explicit Prepared(const Call& call) {
-    for (const at::Tensor& x : call.features) maps.push_back(operand_map<Io, Tile>(x));
-    for (const at::Tensor& weight_ : call.weights) {
-      const at::Tensor weight = weight_.contiguous();
-      const int64_t outputs = weight.size(0), inputs = weight.size(1);
-      weights.push_back(pack<Io, Tile>(weight, static_cast<const Io*>(weight.const_data_ptr()),
-          {inputs, outputs, kTaps, kTaps * inputs, kTaps, false}));
-      first_channel.push_back(channels);
-      channels += outputs;
+  Prepared(const Call& call, const std::vector<OwnedMap<const Tile>>& maps_, size_t first_, size_t count)
+      : maps(maps_), first(first_), channels(call.channels()) {
+    int64_t channel = 0;
+    for (size_t branch = 0; branch < first + count; ++branch) {
+      if (branch >= first) {
+        weights.push_back(pack_convolution<Io, Tile>(call.weights[branch], false));
+        first_channel.push_back(channel);
+      }
+      channel += call.weights[branch].size(0);
     }
     if (call.projection_weight.has_value()) {
       const at::Tensor weight = call.projection_weight->contiguous();
       projection = pack<Io, Tile>(weight, static_cast<const Io*>(weight.const_data_ptr()),
-          {channels, weight.size(0), 1, channels, 1, false});
+          {channels, weight.size(0), 1, channels, 1, 1, false});
     }
   }
-  const Map<const Tile>& map(size_t branch) const { return maps[maps.size() == 1 ? 0 : branch]; }
+  const Map<const Tile>& map(size_t branch) const { return maps[maps.size() == 1 ? 0 : first + branch]; }
 };
 
 // Task: one patch and one tile of one branch's outputs, or with a projection a patch with all of its branches.
@@ -123,8 +131,8 @@ class Forward {
  private:
   void convolve(const Patch& patch, size_t branch, int64_t tile) {
     const auto& weights = prepared_.weights[branch];
-    add_taps(prepared_.map(branch), weights, tile, call_.dilations[branch], patches_.height, patches_.width,
-        patch, sums_, true);
+    add_taps(prepared_.map(branch), weights, tile, call_.dilations[prepared_.first + branch], patches_.height,
+        patches_.width, patch, sums_, true);
     const int64_t channel = prepared_.first_channel[branch] + weights.outputs.begin(tile);
     Finish finish{patch.pixels(), weights.outputs.length(tile), weights.columns(tile), prepared_.channels,
         prepared_.channels, call_.gain.defined() ? call_.gain.const_data_ptr<float>() + channel : nullptr,
@@ -180,11 +188,17 @@ class Forward {
 
 template <typename Io, typename Tile>
 void forward(const Call& call) {
-  const Prepared<Io, Tile> prepared(call);
-  const int64_t tiles = Forward<Io, Tile>::tasks_per_patch(call, prepared);
-  const at::Tensor& out = call.out;
-  const Patches patches = patches_for(out.size(0), out.size(1), out.size(2), tiles);
-  run_tasks(patches.count * tiles, 1, [&] { return Forward<Io, Tile>(call, prepared, patches); });
+  std::vector<OwnedMap<const Tile>> maps;
+  for (const at::Tensor& x : call.features) maps.push_back(operand_map<Io, Tile>(x));
+  // A projection wants all branches of a patch. Otherwise one after the other: only one has packed weights.
+  const size_t branches = call.weights.size(), together = call.projection_weight.has_value() ? branches : 1;
+  for (size_t first = 0; first < branches; first += together) {
+    const Prepared<Io, Tile> prepared(call, maps, first, together);
+    const int64_t tiles = Forward<Io, Tile>::tasks_per_patch(call, prepared);
+    const at::Tensor& out = call.out;
+    const Patches patches = patches_for(out.size(0), out.size(1), out.size(2), tiles);
+    run_tasks(patches.count * tiles, 1, [&] { return Forward<Io, Tile>(call, prepared, patches); });
+  }
 }
 
 std::tuple<at::Tensor, at::Tensor> dilated_aspp_forward(const std::vector<at::Tensor>& features,

@@ -50,9 +50,10 @@ struct AsppKernels {
 template <typename Io, typename Tile>
 const AsppKernels<Io, Tile>& aspp_kernels();
 
-// Where pack_taps finds weight (k, n, tap): at from[k * k_stride + n * n_stride + tap].
+// Where pack_taps finds weight (k, n, tap): at from[k * k_stride + n * n_stride + tap * tap_stride]. One of the
+// three strides is 1.
 struct TapSource {
-  int64_t inputs, outputs, k_stride, n_stride, taps;
+  int64_t inputs, outputs, k_stride, n_stride, tap_stride, taps;
   bool flip; // the taps come out in reverse: a convolution's input gradient
 };
 
@@ -172,6 +173,19 @@ PackedTaps<Tile> pack(const at::Tensor& like, const Io* from, const TapSource& s
     }
   });
   return packed;
+}
+
+// A convolution's weight (O, C, 3, 3), read in place where it is contiguous or channels-last. `transposed`: the
+// operand of its input gradient, which takes O in and gives C.
+template <typename Io, typename Tile>
+PackedTaps<Tile> pack_convolution(const at::Tensor& weight_, bool transposed) {
+  const bool last = !weight_.is_contiguous() && weight_.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor weight = last ? weight_ : weight_.contiguous();
+  const int64_t outputs = weight.size(0), inputs = weight.size(1);
+  const int64_t row = kTaps * inputs, channel = last ? 1 : kTaps, tap = last ? inputs : 1;
+  const Io* from = static_cast<const Io*>(weight.const_data_ptr());
+  if (transposed) return pack<Io, Tile>(weight, from, {outputs, inputs, row, channel, tap, kTaps, true});
+  return pack<Io, Tile>(weight, from, {inputs, outputs, channel, row, tap, kTaps, false});
 }
 
 // A rectangle of output pixels.

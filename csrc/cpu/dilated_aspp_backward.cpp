@@ -1,11 +1,12 @@
 // dilated_aspp on the CPU: the backward pass. Meaning and formulas: rskernels/ops/dilated_aspp.py.
 //
-// The gradient goes back through the projection and the activation as products and passes of PyTorch's, to the
-// gradient of the convolutions, (B, h, w, sum of O). From there:
+// The gradient goes back through the projection and the activation, and is summed for the biases, by products and
+// passes of PyTorch's, whose bits repeat at a fixed number of threads. What is left is the gradient of the
+// convolutions, (B, h, w, sum of O), and our own part, whose bits do not depend on the number of threads:
 //   dx      the forward pass's sum over taps with the weights transposed and flipped; one map that every branch
 //           read gets the sum of all branches before it is written;
 //   dW      per tap, (O x pixels)(pixels x C) over the pixels whose input lies inside the map, gathered 128 at a
-//           time. A task sums over all pixels in order: the bits do not depend on the number of threads.
+//           time. A task sums over all pixels in order.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
@@ -197,12 +198,9 @@ void input_gradients(const std::vector<OwnedMap<const Tile>>& grads, const std::
     if (!wanted.features[f]) continue;
     InputGradient<Io, Tile> map;
     for (size_t branch = shared ? 0 : f; branch < (shared ? weights.size() : f + 1); ++branch) {
-      const Tensor weight = weights[branch].contiguous();
-      const int64_t outputs = weight.size(0), inputs = weight.size(1);
       map.grads.push_back(&grads[branch]);
       map.dilations.push_back(dilations[branch]);
-      map.weights.push_back(pack<Io, Tile>(weight, static_cast<const Io*>(weight.const_data_ptr()),
-          {outputs, inputs, kTaps * inputs, kTaps, kTaps, true}));
+      map.weights.push_back(pack_convolution<Io, Tile>(weights[branch], true));
     }
     map.out = at::empty(
         {geometry.batch, geometry.height, geometry.width, weights[f].size(1)}, options_of<Io>(weights[f]));

@@ -34,33 +34,44 @@ inline void image_to_rows(
   }
 }
 
-// `first` taps on of the weights of one input and kLanes outputs: lanes are taps, then outputs.
+// A square of weights of kLanes outputs from n on, lanes are outputs: its rows are kLanes inputs of one tap or,
+// where the taps are neighbours, kLanes taps of one input.
 template <typename Io>
-RSK_INLINE void load_taps(const TapSource& source, const Io* from, const Io* end, int64_t k, int64_t n,
-    int64_t first, VecF (&square)[kLanes]) {
-  for (int64_t i = 0; i < kLanes; ++i) {
-    if (n + i >= source.outputs || k >= source.inputs) {
-      square[i] = VecF{};
-      continue;
+RSK_INLINE void load_weights(const TapSource& source, const Io* from, const Io* end, int64_t k, int64_t n,
+    int64_t tap, VecF (&square)[kLanes]) {
+  from += k * source.k_stride + n * source.n_stride + tap * source.tap_stride;
+  if (source.n_stride == 1 && source.tap_stride != 1) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const bool inside = k + i < source.inputs && n < source.outputs;
+      square[i] = inside ? load_some(from + i * source.k_stride, source.outputs - n) : VecF{};
     }
-    const Io* taps = from + k * source.k_stride + (n + i) * source.n_stride + first;
-    square[i] = load_some(taps, end - taps);
+    return;
+  }
+  const int64_t limit = source.k_stride == 1 ? source.inputs - k : kLanes;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const Io* row = from + i * source.n_stride;
+    const bool inside = n + i < source.outputs && k < source.inputs;
+    square[i] = inside ? load_some(row, end - row < limit ? end - row : limit) : VecF{};
   }
   transpose_square(square);
 }
 
-// A vector group of outputs of TapSource into [tap][input][output].
+// A vector group of outputs of TapSource into [tap][input][output]: rows of one tap, or taps of one input.
 template <typename Io>
 inline void pack_taps(
     const TapSource& source, const Io* from, const Io* end, float* to, int64_t to_k, int64_t to_tap) {
-  for (int64_t k = 0; k < source.inputs; ++k) {
+  const bool by_taps = source.tap_stride == 1 && source.taps > 1;
+  const int64_t k_step = by_taps ? 1 : kLanes, tap_step = by_taps ? kLanes : 1;
+  for (int64_t k = 0; k < source.inputs; k += k_step) {
     for (int64_t n = 0; n < 16; n += kLanes) {
-      for (int64_t first = 0; first < source.taps; first += kLanes) {
+      for (int64_t first = 0; first < source.taps; first += tap_step) {
         VecF square[kLanes];
-        load_taps(source, from, end, k, n, first, square);
-        for (int64_t i = 0; i < kLanes && first + i < source.taps; ++i) {
-          const int64_t tap = source.flip ? source.taps - 1 - first - i : first + i;
-          store(to + tap * to_tap + k * to_k + n, square[i]);
+        load_weights(source, from, end, k, n, first, square);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          const int64_t input = by_taps ? k : k + i, found = by_taps ? first + i : first;
+          if (input >= source.inputs || found >= source.taps) break;
+          const int64_t tap = source.flip ? source.taps - 1 - found : found;
+          store(to + tap * to_tap + input * to_k + n, square[i]);
         }
       }
     }
@@ -70,15 +81,19 @@ inline void pack_taps(
 template <typename Io>
 inline void pack_taps(
     const TapSource& source, const Io* from, const Io* end, c10::BFloat16* to, int64_t to_k, int64_t to_tap) {
-  for (int64_t k = 0; k < source.inputs; k += 2) {
+  const bool by_taps = source.tap_stride == 1 && source.taps > 1;
+  const int64_t k_step = by_taps ? 2 : kLanes, tap_step = by_taps ? kLanes : 1;
+  for (int64_t k = 0; k < source.inputs; k += k_step) {
     for (int64_t n = 0; n < 16; n += kLanes) {
-      for (int64_t first = 0; first < source.taps; first += kLanes) {
+      for (int64_t first = 0; first < source.taps; first += tap_step) {
         VecF even[kLanes], odd[kLanes];
-        load_taps(source, from, end, k, n, first, even);
-        load_taps(source, from, end, k + 1, n, first, odd);
-        for (int64_t i = 0; i < kLanes && first + i < source.taps; ++i) {
-          const int64_t tap = source.flip ? source.taps - 1 - first - i : first + i;
-          store_pairs(to + tap * to_tap + k * to_k + 2 * n, even[i], odd[i]);
+        load_weights(source, from, end, k, n, first, even);
+        if (by_taps) load_weights(source, from, end, k + 1, n, first, odd);
+        for (int64_t i = 0; i < kLanes; i += by_taps ? 1 : 2) {
+          const int64_t input = by_taps ? k : k + i, found = by_taps ? first + i : first;
+          if (input >= source.inputs || found >= source.taps) break;
+          const int64_t tap = source.flip ? source.taps - 1 - found : found;
+          store_pairs(to + tap * to_tap + input * to_k + 2 * n, even[i], by_taps ? odd[i] : even[i + 1]);
         }
       }
     }

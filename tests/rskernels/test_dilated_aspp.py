@@ -325,6 +325,18 @@ def test_matches_the_float64_reference_on_any_shape(data, dtype: torch.dtype, as
 
 @needs_cpp
 @BOTH
+@pytest.mark.parametrize("inputs", [1, 7, 33])
+def test_weights_in_either_layout_give_the_same_bits(dtype: torch.dtype, inputs: int) -> None:
+    case = Case(inputs=(inputs,), outputs=(19,), dilations=(2,))
+    found, grad = leaves(case.tensors(), dtype), case.grad().to(dtype)
+    expected = run(case, found, grad)
+    weight = found["w0"].detach().contiguous(memory_format=torch.channels_last)
+    for name, value in run(case, found | {"w0": weight.requires_grad_()}, grad).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@needs_cpp
+@BOTH
 def test_reads_any_strides(dtype: torch.dtype) -> None:
     case = Case(inputs=(16, 6), projection=8)
     found, grad = leaves(case.tensors(), dtype), case.grad().to(dtype)
