@@ -128,7 +128,9 @@ DistillationCall describe_distillation(const Tensor& student, const Tensor& teac
   }
   call.divergence = divergence;
   call.temperature = static_cast<float>(temperature);
-  call.exponent = static_cast<float>(1.4426950408889634 / temperature);
+  const double exponent = 1.4426950408889634 / temperature;
+  call.exponent.high = static_cast<float>(exponent);
+  call.exponent.low = static_cast<float>(exponent - call.exponent.high);
   return call;
 }
 

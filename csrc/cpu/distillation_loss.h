@@ -37,6 +37,11 @@ enum class Divergence : int { student_teacher = 0, teacher_student = 1, none = 2
 // s - t, or the teacher's reference and inverse.
 constexpr int64_t kReferenceS = 0, kInverseS = 1, kMeanDifference = 2, kReferenceT = 2, kInverseT = 3;
 
+// log2(e) / T, as the sum of two numbers.
+struct Exponent {
+  float high, low;
+};
+
 struct DistillationCall {
   Map student, teacher, grad;
   int64_t outer1, outer2, steps, lanes;
@@ -44,7 +49,7 @@ struct DistillationCall {
   bool along, in_place; // all maps are read along the steps, or across the lanes; else through buffers
   int64_t tile_lanes;
   int64_t parts, part_steps; // a tile's steps are cut where tiles are few
-  float exponent;            // log2(e) / T
+  Exponent exponent;
   float temperature;
   float* stats;                                          // (3 or 4, distributions)
   int64_t stat_row, stat_outer1, stat_outer2, stat_lane; // strides

@@ -46,7 +46,7 @@ template <Divergence kDivergence, int kDegree, typename S, typename T, typename 
 inline void gradient_steps(const DistillationCall& call, const S* s, int64_t s_stride, const T* t,
     int64_t t_stride, G* g, int64_t g_stride, int64_t steps, int64_t vectors, bool prefetch,
     const Coefficients* c) {
-  const float exponent = call.exponent, factor = call.mse_factor;
+  const float exponent = call.exponent.high, factor = call.mse_factor;
   for (int64_t i = 0; i < steps; ++i) {
     const S* s_row = s + i * s_stride;
     const T* t_row = t + i * t_stride;
@@ -71,7 +71,7 @@ inline void gradient_along(const DistillationCall& call, const S* s, const T* t,
   if (rest > 0) {
     const int64_t i = vectors * kLanes;
     const VecF x = load_part(s + i, rest, 0), y = load_part(t + i, rest, 0);
-    store_part(g + i, gradient<kDivergence, kDegree>(x, y, c, call.exponent, call.mse_factor), rest);
+    store_part(g + i, gradient<kDivergence, kDegree>(x, y, c, call.exponent.high, call.mse_factor), rest);
   }
 }
 

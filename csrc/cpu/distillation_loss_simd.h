@@ -70,14 +70,14 @@ struct BlockSums {
 
 // Adds steps, at most kBlock in a row.
 template <bool kTeacherFirst, int kSteps, typename S, typename T>
-RSK_INLINE void add_steps(const S* s, int64_t s_stride, const T* t, int64_t t_stride, float exponent,
+RSK_INLINE void add_steps(const S* s, int64_t s_stride, const T* t, int64_t t_stride, Exponent exponent,
     const Sums& now, BlockSums& block) {
   VecF z_s = block.z_s, z_t = block.z_t, weighted = block.weighted, squares = block.squares;
 #pragma GCC unroll 4
   for (int i = 0; i < kSteps; ++i) {
     const VecF x = load(s + i * s_stride), y = load(t + i * t_stride);
-    const VecF e_s = exp2_any<5>((x - now.reference_s) * exponent);
-    const VecF e_t = exp2_any<5>((y - now.reference_t) * exponent);
+    const VecF e_s = exp2_scaled(x - now.reference_s, exponent);
+    const VecF e_t = exp2_scaled(y - now.reference_t, exponent);
     const VecF difference = x - y;
     z_s += e_s;
     z_t += e_t;
@@ -92,9 +92,9 @@ RSK_INLINE void add_steps(const S* s, int64_t s_stride, const T* t, int64_t t_st
 
 // Makes sums relative to other references.
 template <bool kTeacherFirst>
-RSK_INLINE void rebase(VecF reference_s, VecF reference_t, float exponent, Sums& now) {
-  const VecF factor_s = exp2_any<5>((now.reference_s - reference_s) * exponent);
-  const VecF factor_t = exp2_any<5>((now.reference_t - reference_t) * exponent);
+RSK_INLINE void rebase(VecF reference_s, VecF reference_t, Exponent exponent, Sums& now) {
+  const VecF factor_s = exp2_scaled(now.reference_s - reference_s, exponent);
+  const VecF factor_t = exp2_scaled(now.reference_t - reference_t, exponent);
   const VecF shift = reference_s - reference_t;
   now.weighted += (now.shift - shift) * (kTeacherFirst ? now.z_t : now.z_s);
   now.weighted *= kTeacherFirst ? factor_t : factor_s;
@@ -109,7 +109,7 @@ RSK_INLINE void rebase(VecF reference_s, VecF reference_t, float exponent, Sums&
 // values does (the nearer, the smaller the rounding of differences), but exponentials must not overflow.
 template <bool kTeacherFirst, bool kAlong, typename S, typename T>
 __attribute__((noinline)) void raise_references(const S* s, int64_t s_stride, const T* t, int64_t t_stride,
-    int64_t steps, float exponent, const BlockSums& block, Sums& now) {
+    int64_t steps, Exponent exponent, const BlockSums& block, Sums& now) {
   VecF s_max = now.reference_s, t_max = now.reference_t;
   for (int64_t i = 0; i < steps; ++i) {
     s_max = vmax(load(s + i * s_stride), s_max);
@@ -139,7 +139,7 @@ RSK_INLINE VecF largest(const Io* from, int64_t stride, int64_t steps) {
 // A block ends. Where its exponentials grew too large, it is added up once more.
 template <bool kTeacherFirst, bool kAlong, typename S, typename T>
 RSK_INLINE void merge_block(const S* s, int64_t s_stride, const T* t, int64_t t_stride, int64_t steps,
-    float exponent, BlockSums& block, Sums& now) {
+    Exponent exponent, BlockSums& block, Sums& now) {
   if (any_reaches(block.z_s, block.z_t, kTooLarge)) {
     raise_references<kTeacherFirst, kAlong>(s, s_stride, t, t_stride, steps, exponent, block, now);
     block = BlockSums{};
@@ -156,7 +156,7 @@ RSK_INLINE void merge_block(const S* s, int64_t s_stride, const T* t, int64_t t_
 // At most kBlock steps of some vectors, the `first` of them or more. Two steps at a time, so that memory is read in long runs.
 template <bool kTeacherFirst, typename S, typename T>
 inline void add_block(const S* s, int64_t s_stride, const T* t, int64_t t_stride, int64_t steps,
-    int64_t vectors, bool first, bool prefetch, float exponent, Sums* now) {
+    int64_t vectors, bool first, bool prefetch, Exponent exponent, Sums* now) {
   const int64_t few = first && steps < kFirstLook ? steps : kFirstLook;
   for (int64_t v = 0; first && v < vectors; ++v) {
     now[v] = start(largest(s + v * kLanes, s_stride, few), largest(t + v * kLanes, t_stride, few));
@@ -191,7 +191,7 @@ inline void add_block(const S* s, int64_t s_stride, const T* t, int64_t t_stride
 
 // At most kBlock vectors of one distribution.
 template <bool kTeacherFirst, typename S, typename T>
-RSK_INLINE void add_block_along(const S* s, const T* t, int64_t vectors, float exponent, Sums& now) {
+RSK_INLINE void add_block_along(const S* s, const T* t, int64_t vectors, Exponent exponent, Sums& now) {
   BlockSums block{};
   for (int64_t i = 0; i < vectors; ++i) {
     add_steps<kTeacherFirst, 1>(s + i * kLanes, 0, t + i * kLanes, 0, exponent, now, block);

@@ -203,17 +203,32 @@ def relative_error(value, truth, floor):
     return ((value.double() - truth).norm() / truth.norm().clamp_min(max(floor, 1e-30))).item()
 
 
+def eager_errors(case, student, teacher, truths, floors):
+    """What eager of the same dtype reaches. Where terms cancel, one scalar's rounding is luck: the worst of
+    some orders of the values, which change nothing else."""
+    dim = 1 if case.axis == "channel" else 3
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for _ in range(8 if case.distance < 1 else 1):
+        order = torch.randperm(student.shape[dim], generator=generator)
+        kl, mse, gradient = losses_and_gradient(
+            case, student.index_select(dim, order), teacher.index_select(dim, order), "reference"
+        )
+        values = (kl, mse, gradient.index_select(dim, order.argsort()))
+        errors.append([relative_error(*one) for one in zip(values, truths, floors, strict=True)])
+    return [max(column) for column in zip(*errors, strict=True)]
+
+
 def compare(case):
     student, teacher = case.maps()
     truths = losses_and_gradient(case, student.double(), teacher.double(), "reference")
-    eagers = losses_and_gradient(case, student, teacher, "reference")
+    floors = terms(case, student, teacher)
+    eagers = eager_errors(case, student, teacher, truths, floors)
     values = losses_and_gradient(case, student, teacher, "cpp")
     assert values[2].dtype == student.dtype
     assert values[2].stride() == torch.empty_like(student).stride()
-    for name, value, eager, truth, floor in zip(
-        NAMES, values, eagers, truths, terms(case, student, teacher), strict=True
-    ):
-        bound = max(BOUND[value.dtype], 2 * relative_error(eager, truth, floor))
+    for name, value, eager, truth, floor in zip(NAMES, values, eagers, truths, floors, strict=True):
+        bound = max(BOUND[value.dtype], 2 * eager)
         assert relative_error(value, truth, floor) < bound, (name, case)
 
 
