@@ -21,8 +21,6 @@ std::map<std::string, std::string> build_info() {
   info["torch"] = TORCH_VERSION;
 #if defined(__VERSION__)
   info["compiler"] = __VERSION__;
-#elif defined(_MSC_FULL_VER)
-  info["compiler"] = "msvc " + std::to_string(_MSC_FULL_VER);
 #endif
   info["c++"] = std::to_string(__cplusplus);
 #if defined(_OPENMP)

@@ -60,7 +60,7 @@ def tune(file: Path | None = None) -> dict[str, str]:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(stored, indent=1) + "\n")
     temporary.replace(file)
-    tuning.load()
+    tuning.use(stored, str(file))
     return table
 
 

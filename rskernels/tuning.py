@@ -59,7 +59,12 @@ def record() -> dict[str, Any]:
 
 def restore(saved: Mapping[str, Any]) -> None:
     """Use a table that `record` gave, so that a resumed run computes with the same products."""
-    _use(_checked(saved, "restore"), str(saved.get("source", "restored")))
+    use(saved, str(saved.get("source", "restored")))
+
+
+def use(saved: Mapping[str, Any], source: str) -> None:
+    """Use a table from now on; `source` says where it came from."""
+    _use(_checked(saved, source), source)
 
 
 def path() -> Path | None:
@@ -80,7 +85,7 @@ def load() -> None:
         _use(default_table(), "default rule")
         return
     try:
-        _use(_checked(json.loads(file.read_text()), str(file)), str(file))
+        use(json.loads(file.read_text()), str(file))
     except (OSError, ValueError) as error:
         warnings.warn(f"rskernels: ignoring the tuning table: {error}", RuntimeWarning, stacklevel=2)
         _use(default_table(), "default rule")

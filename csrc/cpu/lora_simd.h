@@ -198,7 +198,7 @@ inline void update_rows(const Io* from, int64_t from_stride, Io* to, int64_t to_
 }
 
 // to[row][c] = from[row][c] + the sum over r of coefficients[row][r] * factors[r][c]. bf16 factors are paired
-// (lora.h). The sum is formed first, so that a sum of zeros leaves every value as it is, however small.
+// (lora.h). The sum is formed first, so that a sum of zeros changes no value.
 template <typename Io, typename Tile>
 inline void update(const Io* from, int64_t from_stride, Io* to, int64_t to_stride, int64_t count, int64_t n,
     const Tile* coefficients, int64_t coefficient_stride, const Tile* factors, int64_t factor_stride,

@@ -58,14 +58,15 @@ Unit Layout::unit(int64_t index) const {
   return unit;
 }
 
-Tables::Tables(const Layout& layout, const std::optional<at::Tensor>& h, const std::optional<at::Tensor>& w) {
+Tables::Tables(const Layout& layout, at::ScalarType dtype, const std::optional<at::Tensor>& h,
+    const std::optional<at::Tensor>& w) {
   if (!h.has_value()) return;
   entries_h = h->size(0);
   entries = entries_h + w->size(0);
   stride = round_up(entries + kVector, kVector); // room for a vector that starts at the last entry
   rows = at::zeros({entries, layout.dim}, h->options().dtype(at::kFloat));
-  rows.narrow(0, 0, entries_h).copy_(h->flip(0));
-  rows.narrow(0, entries_h, entries - entries_h).copy_(w->flip(0));
+  rows.narrow(0, 0, entries_h).copy_(h->flip(0).to(dtype)); // as q meets them at every instruction set
+  rows.narrow(0, entries_h, entries - entries_h).copy_(w->flip(0).to(dtype));
 }
 
 at::Tensor padding(const Layout& layout, const at::Tensor& qkv, const std::optional<at::Tensor>& pad_qkv) {
@@ -185,7 +186,7 @@ std::tuple<at::Tensor, at::Tensor> rel_pos_attention_forward(const at::Tensor& q
     const std::optional<at::Tensor>& pad_qkv, int64_t num_heads, int64_t window_size, double scale) {
   const at::Tensor qkv = qkv_.stride(3) == 1 ? qkv_ : qkv_.contiguous();
   const Layout layout(qkv, num_heads, window_size, scale);
-  const Tables tables(layout, rel_pos_h, rel_pos_w);
+  const Tables tables(layout, qkv.scalar_type(), rel_pos_h, rel_pos_w);
   const at::Tensor pad = padding(layout, qkv, pad_qkv);
   at::Tensor out = at::empty({layout.batch, layout.height, layout.width, layout.embed}, qkv.options());
   at::Tensor lse =

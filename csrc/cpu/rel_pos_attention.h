@@ -113,7 +113,9 @@ struct Tables {
   at::Tensor rows; // (entries, dim) fp32, or undefined without bias
   int64_t entries_h = 0, entries = 0, stride = 0;
 
-  Tables(const Layout& layout, const std::optional<at::Tensor>& h, const std::optional<at::Tensor>& w);
+  // Rounded to `dtype`, that of qkv.
+  Tables(const Layout& layout, at::ScalarType dtype, const std::optional<at::Tensor>& h,
+      const std::optional<at::Tensor>& w);
   bool defined() const { return entries > 0; }
 };
 

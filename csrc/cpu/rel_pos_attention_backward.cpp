@@ -29,12 +29,13 @@ constexpr int64_t kMostSlices = 64;  // partial sums of the tables' gradients
 struct Cut {
   int64_t parts, tasks, slices;
 
-  explicit Cut(const Layout& layout) {
+  // Slices exist for the sums that their tasks share; without any, every task is one of its own.
+  Cut(const Layout& layout, bool shares_sums) {
     const int64_t units = std::max<int64_t>(1, layout.units());
     const int64_t most = std::max<int64_t>(1, layout.keys / (4 * kQueryTile));
     parts = std::clamp<int64_t>(kEnoughTasks / units, 1, most);
     tasks = units * parts;
-    slices = std::min(tasks, kMostSlices);
+    slices = shares_sums ? std::min(tasks, kMostSlices) : tasks;
   }
   int64_t first_task(int64_t slice) const { return tasks * slice / slices; }
 };
@@ -321,13 +322,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rel_pos_attention_bac
     double scale, std::array<bool, 4> mask) {
   const at::Tensor qkv = qkv_.stride(3) == 1 ? qkv_ : qkv_.contiguous();
   const Layout layout(qkv, num_heads, window_size, scale);
-  const Tables tables(layout, rel_pos_h, rel_pos_w);
-  const Cut cut(layout);
+  const Tables tables(layout, qkv.scalar_type(), rel_pos_h, rel_pos_w);
   const auto floats = qkv.options().dtype(at::kFloat);
 
   Call call;
   call.wanted = {
       mask[0], mask[1] && tables.defined(), mask[2] && tables.defined(), mask[3] && pad_qkv.has_value()};
+  const Cut cut(layout, call.wanted.tables() || call.wanted.pad);
   call.grad = grad.contiguous();
   call.qkv = qkv;
   call.out = out.contiguous();

@@ -123,7 +123,7 @@ RSK_INLINE VecF load(const c10::BFloat16* p) {
   return (VecF)(__builtin_convertvector(bits, VecU) << 16);
 }
 
-// Round to nearest even, as PyTorch does.
+// Round to nearest even, as PyTorch does; the AVX-512 instruction takes denormal numbers for zero, though.
 RSK_INLINE VecH to_bf16(VecF x) {
 #if RSK_LEVEL >= 3
   return (VecH)_mm512_cvtneps_pbh(x);
