@@ -218,7 +218,7 @@ class Block(nn.Module):
             return add_residual(self.mlp(self.norm2(x, dtype)), x)
         # x is ours alone: in place, and by rows, so that the hidden layer stays in the cache. The whole of it
         # would be fresh memory in every call.
-        for rows in x.flatten(0, -2).split(MLP_ROWS):
+        for rows in x.view(-1, x.shape[-1]).split(MLP_ROWS):
             rows += self.mlp(self.norm2(rows, dtype))
         return x
 
