@@ -17,7 +17,6 @@ PYRAMID = ((16, 16), (32, 32), (64, 64))
 # ViT's 32x32 tokens ask the pyramid) and extractor (the pyramid asks the tokens). Four points per level.
 SHAPES = {
     "pixel decoder": (1, PYRAMID, 5376, 8, 32),
-    "pixel decoder, batch 2": (2, PYRAMID, 5376, 8, 32),
     "injector": (1, PYRAMID, 1024, 12, 64),
     "extractor": (1, ((32, 32),), 5376, 6, 64),
 }

@@ -17,9 +17,8 @@ from benchmarks.measure import PASSES, Call, Case, call_of
 from rskernels.ops.lora import lora_qkv_reference
 
 SCALE = 0.5
-# (batch, tokens, D, rank): ViT-B at 1024 and 512 pixels, a batch of 2, ViT-L, a small encoder.
-SHAPES = [(1, 4096, 768, 4), (1, 4096, 768, 16), (1, 1024, 768, 4), (1, 1024, 768, 8), (1, 1024, 768, 16),
-          (2, 1024, 768, 4), (1, 1024, 1024, 4), (1, 1024, 128, 4), (1, 64, 128, 4)]  # fmt: skip
+# (batch, tokens, D, rank): ViT-B at 1024 and 512 pixels, a small encoder.
+SHAPES = [(1, 4096, 768, 4), (2, 1024, 768, 4), (1, 1024, 768, 16), (1, 1024, 128, 4)]
 
 
 def _merged(
