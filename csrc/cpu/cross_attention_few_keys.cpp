@@ -6,7 +6,7 @@
 //
 // Determinism: dk and dv are summed over parts of the queries, whose sums are added in order; the cut depends on
 // the shape alone.
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <array>
@@ -53,7 +53,8 @@ namespace {
 
 constexpr float kLog2e = 1.44269504f;
 // Queries are cut into parts, in backward each with its own sums of dk and dv.
-constexpr int64_t kQueriesOfPart = 128, kEnoughTasks = 64;
+constexpr int64_t kQueriesOfPart = 256, kEnoughTasks = 64;
+constexpr int64_t kValuesOfMerge = 1 << 16; // that one thread adds up, at least: starting another costs as much
 
 int64_t query_parts(const Layout& layout) {
   const int64_t most = (layout.queries + kQueriesOfPart - 1) / kQueriesOfPart;
@@ -144,9 +145,9 @@ struct Sums {
   at::Tensor values;
   int64_t which_size, task_size;
 
-  Sums(const Layout& layout, int64_t tasks, const at::Tensor& like)
-      : which_size(layout.heads * layout.keys * layout.row_size), task_size(2 * which_size) {
-    values = at::zeros({tasks, task_size}, like.options().dtype(at::kFloat));
+  Sums(const Layout& layout, bool wanted, int64_t tasks, const at::Tensor& like)
+      : which_size(wanted ? layout.heads * layout.keys * layout.row_size : 0), task_size(2 * which_size) {
+    values = at::empty({tasks, task_size}, like.options().dtype(at::kFloat));
   }
   float* at(int64_t task, int64_t which) const {
     return values.data_ptr<float>() + task * task_size + which * which_size;
@@ -162,11 +163,10 @@ class Backward : Worker<Io> {
         sums_(sums),
         q_(call.q),
         grad_(call.grad),
-        dq_(call.dq),
-        dk_(call.dk),
-        dv_(call.dv) {}
+        dq_(call.dq) {}
 
   void run(int64_t task) {
+    if (sums_.task_size > 0) std::fill_n(sums_.at(task, 0), sums_.task_size, 0.0f);
     this->for_each_block(task, [&](Block<Io>& block, int64_t batch, int64_t head, int64_t query) {
       block.q = q_.at(batch, head, query);
       block.q_stride = q_.stride;
@@ -180,39 +180,35 @@ class Backward : Worker<Io> {
     });
   }
 
-  // Adds up and writes dk and dv of one head, for each batch entry that has keys of its own.
-  void merge(int64_t head) {
-    const Layout& layout = this->layout_;
-    for (int64_t which = 0; which < 2; ++which) {
-      if (!call_.wanted[1 + which]) continue;
-      const Rows<Io>& to = which == 0 ? dk_ : dv_;
-      const int64_t batches = (which == 0 ? call_.k : call_.v).size(0);
-      const int64_t terms = layout.batch / batches * query_parts(layout), size = this->head_size();
-      for (int64_t batch = 0; batch < batches; ++batch) {
-        float* sum = sums_.at(batch * terms, which) + head * size;
-        for (int64_t term = 1; term < terms; ++term) {
-          const float* from = sums_.at(batch * terms + term, which) + head * size;
-          for (int64_t i = 0; i < size; ++i) sum[i] += from[i];
-        }
-        if (which == 1 && layout.drop_first) std::fill_n(sum, layout.row_size, 0.0f);
-        this->simd_.write_rows(sum, layout.row_size, layout.keys, layout.dim, which == 0 ? layout.scale : 1.0f,
-            to.at(batch, head, 0), to.stride);
-      }
-    }
-  }
-
  private:
   const Gradients& call_;
   const Sums& sums_;
   const Rows<const Io> q_, grad_;
-  const Rows<Io> dq_, dk_, dv_;
+  const Rows<Io> dq_;
 };
 
+// Adds up and writes dk and dv of one head, for each batch entry that has keys of its own.
 template <typename Io>
-struct Merge {
-  Backward<Io> backward;
-  void run(int64_t head) { backward.merge(head); }
-};
+void merge(const Layout& layout, const Gradients& call, const Sums& sums, int64_t head) {
+  const int64_t size = layout.keys * layout.row_size;
+  for (int64_t which = 0; which < 2; ++which) {
+    if (!call.wanted[1 + which]) continue;
+    const Rows<Io> to(which == 0 ? call.dk : call.dv);
+    const int64_t batches = (which == 0 ? call.k : call.v).size(0);
+    const int64_t terms = layout.batch / batches * query_parts(layout);
+    for (int64_t batch = 0; batch < batches; ++batch) {
+      float* sum = sums.at(batch * terms, which) + head * size;
+      for (int64_t term = 1; term < terms; ++term) {
+        const float* from = sums.at(batch * terms + term, which) + head * size;
+        for (int64_t i = 0; i < size; ++i) sum[i] += from[i];
+      }
+      if (which == 1 && layout.drop_first) std::fill_n(sum, layout.row_size, 0.0f);
+      RSK_AT_ISA_LEVEL(cross_simd::kFewKeysKernels<Io>)
+          .write_rows(sum, layout.row_size, layout.keys, layout.dim, which == 0 ? layout.scale : 1.0f,
+              to.at(batch, head, 0), to.stride);
+    }
+  }
+}
 
 template <typename Io>
 void forward(const Layout& layout, const Tensors& call) {
@@ -222,10 +218,14 @@ void forward(const Layout& layout, const Tensors& call) {
 template <typename Io>
 void backward(const Layout& layout, const Gradients& call) {
   const int64_t tasks = layout.batch * query_parts(layout);
-  const Sums sums(layout, call.wanted[1] || call.wanted[2] ? tasks : 0, call.q);
-  const auto worker = [&] { return Backward<Io>(layout, call, sums); };
-  run_tasks(tasks, 1, worker);
-  if (sums.values.numel() > 0) run_tasks(layout.heads, 1, [&] { return Merge<Io>{worker()}; });
+  const Sums sums(layout, call.wanted[1] || call.wanted[2], tasks, call.q);
+  run_tasks(tasks, 1, [&] { return Backward<Io>(layout, call, sums); });
+  if (sums.task_size == 0) return;
+  const int64_t values_of_head = tasks * sums.task_size / layout.heads;
+  at::parallel_for(0, layout.heads, std::max<int64_t>(1, kValuesOfMerge / values_of_head),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t head = begin; head < end; ++head) merge<Io>(layout, call, sums, head);
+      });
 }
 
 } // namespace

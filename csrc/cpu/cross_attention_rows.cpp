@@ -98,13 +98,22 @@ class Bits {
     return rest >= kWordKeys ? ~0u : (1u << rest) - 1;
   }
 
+  // Eight bools as bits. The product puts a copy of each, at another place, into the highest byte.
+  static uint32_t eight(const bool* from) {
+    uint64_t bytes = 0;
+    for (int i = 0; i < 8; ++i) bytes |= static_cast<uint64_t>(from[i]) << (8 * i);
+    return static_cast<uint32_t>(bytes * 0x0102040810204080u >> 56);
+  }
+
   // One query's row; one that attends nowhere attends everywhere.
   void pack(const Layout& layout, const bool* from, uint32_t* to) const {
     uint32_t any = 0;
     for (int64_t w = 0; w < words_; ++w) {
       const int64_t count = std::min(kWordKeys, layout.keys - w * kWordKeys);
       uint32_t word = 0;
-      for (int64_t i = 0; i < count; ++i) word |= static_cast<uint32_t>(from[w * kWordKeys + i]) << i;
+      int64_t i = 0;
+      for (; i + 8 <= count; i += 8) word |= eight(from + w * kWordKeys + i) << i;
+      for (; i < count; ++i) word |= static_cast<uint32_t>(from[w * kWordKeys + i]) << i;
       to[w * queries_] = word;
       any |= word;
     }
@@ -200,6 +209,16 @@ class Worker {
         from.at(batch, head, tile * cut_.tile), from.stride, keys_of(tile), layout_.dim, to, lanes);
   }
 
+  // Fetches a tile's rows ahead: those of one head are far apart in memory.
+  template <typename T>
+  void prefetch(const Rows<T>& rows, int64_t batch, int64_t head, int64_t tile) const {
+    const T* row = rows.at(batch, head, tile * cut_.tile);
+    for (int64_t i = 0; i < keys_of(tile); ++i, row += rows.stride) {
+      for (int64_t c = 0; c < layout_.dim; c += 64 / sizeof(T))
+        __builtin_prefetch(row + c, !std::is_const_v<T>);
+    }
+  }
+
   // All queries of a unit, times `factor`.
   void load_queries(const Rows<const Io>& from, int64_t batch, int64_t head, float factor, float* to) {
     simd_.pack_rows(from.at(batch, head, 0), from.stride, layout_.queries, layout_.dim, to, layout_.row_size);
@@ -241,10 +260,12 @@ class Forward : Worker<Io> {
     std::fill(out, largest, 0.0f);
     std::fill_n(largest, layout.queries, std::numeric_limits<float>::lowest());
     std::fill_n(sums_, layout.queries * kSumLanes, 0.0f);
-    for (int64_t t = this->cut_.first_tile(part); t < this->cut_.first_tile(part + 1); ++t) {
+    const int64_t last = this->cut_.first_tile(part + 1) - 1;
+    for (int64_t t = this->cut_.first_tile(part); t <= last; ++t) {
       bool loaded = false;
       this->for_attending(batch, t, [&](const RowTile& tile) {
         if (!loaded) load_keys(batch, head, t, tile.lanes);
+        if (!loaded && t < last) prefetch_keys(batch, head, t + 1);
         loaded = true;
         attend(tile, out, largest);
       });
@@ -259,6 +280,11 @@ class Forward : Worker<Io> {
     this->load_columns(k_, batch, head, t, lanes, k_t_);
     this->load_rows(v_, batch, head, t, lanes, v_rows_);
     if (this->layout_.drop_first && t == 0) std::fill_n(v_rows_, this->layout_.row_size, 0.0f);
+  }
+
+  void prefetch_keys(int64_t batch, int64_t head, int64_t t) {
+    this->prefetch(k_, batch, head, t);
+    this->prefetch(v_, batch, head, t);
   }
 
   void attend(const RowTile& tile, float* out, float* largest) {
@@ -348,13 +374,15 @@ class Backward : Worker<Io> {
     const int64_t head = task % layout.heads, part = task / layout.heads % this->cut_.parts;
     const int64_t first = task / layout.heads / this->cut_.parts * together_;
     for (int64_t b = 0; b < together_; ++b) load_unit(first + b, head, part, b);
-    for (int64_t t = this->cut_.first_tile(part); t < this->cut_.first_tile(part + 1); ++t) {
+    const int64_t end = this->cut_.first_tile(part + 1);
+    for (int64_t t = this->cut_.first_tile(part); t < end; ++t) {
       for (int64_t b = 0; b < together_; ++b) {
         if (b == 0 || !k_shared_) clear(dk_sums_);
         if (b == 0 || !v_shared_) clear(dv_sums_);
         bool loaded = false;
         this->for_attending(first + b, t, [&](const RowTile& tile) {
           if (!loaded) load_keys(first + b, head, t, tile.lanes);
+          if (!loaded && t + 1 < end) prefetch_keys(first + b, head, t + 1);
           loaded = true;
           add(tile, b, parts_.at((first + b) * layout.heads + head, part));
         });
@@ -389,6 +417,13 @@ class Backward : Worker<Io> {
     if (call_.wanted[0]) this->load_rows(k_, batch, head, t, lanes, k_rows_);
     if (!this->layout_.drop_first || t > 0) return;
     for (int64_t c = 0; c < this->layout_.dim; ++c) v_t_[c * lanes] = 0;
+  }
+
+  void prefetch_keys(int64_t batch, int64_t head, int64_t t) {
+    this->prefetch(k_, batch, head, t);
+    this->prefetch(v_, batch, head, t);
+    if (call_.wanted[1]) this->prefetch(dk_, batch, head, t);
+    if (call_.wanted[2]) this->prefetch(dv_, batch, head, t);
   }
 
   void add(const RowTile& tile, int64_t b, float* dq) {
@@ -434,7 +469,7 @@ struct MergeBackward {
   const Parts& parts;
   const Rows<Io> dq;
 
-  void run(int64_t index) {
+  void run(int64_t index) const {
     const int64_t unit = index / layout.queries, q = index % layout.queries, row = layout.row_size;
     float* sum = parts.at(unit, 0) + q * row;
     for (int64_t p = 1; p < parts.parts; ++p) {
@@ -447,15 +482,17 @@ struct MergeBackward {
   }
 };
 
-constexpr int64_t kQueriesOfMerge = 16;
+constexpr int64_t kQueriesOfMerge = 64; // that one thread takes, at least
 
 template <typename Io>
 void forward(const Layout& layout, const Bits& bits, const KeyCut& cut, const Tensors& call) {
   const Parts parts(layout, cut, call.q, layout.row_size + 2); // out, maximum, sum of p
   run_tasks(layout.units() * cut.parts, heads_at_once(layout),
       [&] { return Forward<Io>(layout, bits, cut, parts, call); });
-  run_tasks(layout.units() * layout.queries, kQueriesOfMerge,
-      [&] { return MergeForward<Io>(layout, parts, call); });
+  at::parallel_for(0, layout.units() * layout.queries, kQueriesOfMerge, [&](int64_t begin, int64_t end) {
+    MergeForward<Io> worker(layout, parts, call);
+    for (int64_t i = begin; i < end; ++i) worker.run(i);
+  });
 }
 
 template <typename Io>
@@ -464,8 +501,10 @@ void backward(const Layout& layout, const Bits& bits, const KeyCut& cut, const G
   const int64_t tasks = layout.units() * cut.parts / entries_together(layout, call);
   run_tasks(tasks, heads_at_once(layout), [&] { return Backward<Io>(layout, bits, cut, parts, call); });
   if (!call.wanted[0]) return;
-  run_tasks(layout.units() * layout.queries, kQueriesOfMerge,
-      [&] { return MergeBackward<Io>{layout, parts, Rows<Io>(call.dq)}; });
+  at::parallel_for(0, layout.units() * layout.queries, kQueriesOfMerge, [&](int64_t begin, int64_t end) {
+    const MergeBackward<Io> worker{layout, parts, Rows<Io>(call.dq)};
+    for (int64_t i = begin; i < end; ++i) worker.run(i);
+  });
 }
 
 } // namespace
