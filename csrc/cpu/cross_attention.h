@@ -134,9 +134,9 @@ struct Tensors {
 };
 
 struct Gradients : Tensors {
-  at::Tensor grad;               // in
-  at::Tensor dq, dk, dv;         // out
-  std::array<bool, 3> wanted;    // dq, dk, dv
+  at::Tensor grad;            // in
+  at::Tensor dq, dk, dv;      // out
+  std::array<bool, 3> wanted; // dq, dk, dv
 };
 
 void forward_of_few_keys(const Layout& layout, const Tensors& call);

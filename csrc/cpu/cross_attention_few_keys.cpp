@@ -222,8 +222,8 @@ void backward(const Layout& layout, const Gradients& call) {
   run_tasks(tasks, 1, [&] { return Backward<Io>(layout, call, sums); });
   if (sums.task_size == 0) return;
   const int64_t values_of_head = tasks * sums.task_size / layout.heads;
-  at::parallel_for(0, layout.heads, std::max<int64_t>(1, kValuesOfMerge / values_of_head),
-      [&](int64_t begin, int64_t end) {
+  at::parallel_for(
+      0, layout.heads, std::max<int64_t>(1, kValuesOfMerge / values_of_head), [&](int64_t begin, int64_t end) {
         for (int64_t head = begin; head < end; ++head) merge<Io>(layout, call, sums, head);
       });
 }

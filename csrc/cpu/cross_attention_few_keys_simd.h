@@ -171,12 +171,12 @@ inline void backward_block(const Block<Io>& at) {
 
 template <typename Io>
 inline void forward_queries(const Block<Io>& at) {
-  at.count == kLanes && at.dim % kLanes == 0 ? forward_block<true>(at) : forward_block<false>(at);
+  at.count == kLanes&& at.dim % kLanes == 0 ? forward_block<true>(at) : forward_block<false>(at);
 }
 
 template <typename Io>
 inline void backward_queries(const Block<Io>& at) {
-  at.count == kLanes && at.dim % kLanes == 0 ? backward_block<true>(at) : backward_block<false>(at);
+  at.count == kLanes&& at.dim % kLanes == 0 ? backward_block<true>(at) : backward_block<false>(at);
 }
 
 template <typename Io>

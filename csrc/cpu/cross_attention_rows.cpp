@@ -80,7 +80,8 @@ class Bits {
     at::parallel_for(0, layout.batch * queries_, 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t batch = i / queries_, query = i % queries_;
-        pack(layout, data + batch * batch_stride + query * row_stride, data_.data() + batch * batch_stride_ + query);
+        pack(layout, data + batch * batch_stride + query * row_stride,
+            data_.data() + batch * batch_stride_ + query);
       }
     });
   }
@@ -143,10 +144,13 @@ struct Parts {
   int64_t parts, size;
 
   Parts(const Layout& layout, const KeyCut& cut, const at::Tensor& like, int64_t width)
-      : values(at::empty({layout.units(), cut.parts, width * layout.queries}, like.options().dtype(at::kFloat))),
+      : values(
+            at::empty({layout.units(), cut.parts, width * layout.queries}, like.options().dtype(at::kFloat))),
         parts(cut.parts),
         size(width * layout.queries) {}
-  float* at(int64_t unit, int64_t part) const { return values.data_ptr<float>() + (unit * parts + part) * size; }
+  float* at(int64_t unit, int64_t part) const {
+    return values.data_ptr<float>() + (unit * parts + part) * size;
+  }
 };
 
 // Neighbouring heads share cache lines and pages: a thread takes several at once.
@@ -198,7 +202,8 @@ class Worker {
   }
 
   // Keys or values as rows and, transposed, as columns; keys that are missing from the lanes are zero.
-  void load_rows(const Rows<const Io>& from, int64_t batch, int64_t head, int64_t tile, int64_t lanes, float* to) {
+  void load_rows(
+      const Rows<const Io>& from, int64_t batch, int64_t head, int64_t tile, int64_t lanes, float* to) {
     const int64_t keys = keys_of(tile), row = layout_.row_size;
     simd_.pack_rows(from.at(batch, head, tile * cut_.tile), from.stride, keys, layout_.dim, to, row);
     std::fill(to + keys * row, to + lanes * row, 0.0f);

@@ -197,11 +197,11 @@ inline void gradient_block(const GradientTile& tile, int64_t lane, c10::BFloat16
 }
 
 // Queries go four vectors at a time, the rest one by one. tile.lanes is a multiple of 16.
-#define RSK_FOR_BLOCKS(BLOCK, ...)                                                                     \
-  do {                                                                                                 \
-    int64_t lane = 0;                                                                                  \
-    for (; lane + 4 * kLanes <= tile.lanes; lane += 4 * kLanes) BLOCK<4>(tile, lane, __VA_ARGS__);     \
-    for (; lane < tile.lanes; lane += kLanes) BLOCK<1>(tile, lane, __VA_ARGS__);                       \
+#define RSK_FOR_BLOCKS(BLOCK, ...)                                                                 \
+  do {                                                                                             \
+    int64_t lane = 0;                                                                              \
+    for (; lane + 4 * kLanes <= tile.lanes; lane += 4 * kLanes) BLOCK<4>(tile, lane, __VA_ARGS__); \
+    for (; lane < tile.lanes; lane += kLanes) BLOCK<1>(tile, lane, __VA_ARGS__);                   \
   } while (false)
 
 inline void row_max(const ScoreTile& tile, const float* scores, float* largest) {
