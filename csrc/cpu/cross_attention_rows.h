@@ -26,8 +26,6 @@ struct RowKernels {
       const Io* from, int64_t from_stride, int64_t rows, int64_t dim, float* to, int64_t lanes);
   void (*write_rows)(const float* from, int64_t from_stride, int64_t rows, int64_t dim, float factor, Io* to,
       int64_t to_stride);
-  void (*dot_rows)(
-      const Io* a, int64_t a_stride, const Io* b, int64_t b_stride, int64_t rows, int64_t dim, float* out);
   void (*gather)(const RowTile& tile, const float* from, int64_t row, float* to);
   void (*softmax)(const RowTile& tile, float* scores, float* largest, float* sums, float* factors);
   void (*add_rows)(const RowTile& tile, const float* from, const float* factors, int64_t row, float* to);

@@ -31,6 +31,7 @@ class Backward : Worker<Io> {
     const int64_t row = layout.row_size, rows = this->most_rows();
     for (float** all : {&q_rows_, &do_rows_}) *all = take(together_ * layout.queries * row);
     for (float** all : {&lse_, &delta_}) *all = take(together_ * layout.queries);
+    out_rows_ = take(layout.queries * row);
     for (float** gathered : {&q_gathered_, &do_gathered_}) *gathered = take(rows * row);
     for (float** scores : {&scores_, &dp_}) *scores = take(rows * cut.tile);
     for (float** keys : {&k_t_, &v_t_, &k_rows_, &dk_sums_, &dv_sums_}) *keys = take(cut.tile * row);
@@ -73,8 +74,13 @@ class Backward : Worker<Io> {
     const int64_t queries = layout.queries, unit = batch * layout.heads + head, rows = b * queries;
     this->load_queries(q_, batch, head, layout.scale * kLog2e, q_rows_ + rows * layout.row_size);
     this->load_queries(grad_, batch, head, 1.0f, do_rows_ + rows * layout.row_size);
-    this->simd_.dot_rows(grad_.at(batch, head, 0), grad_.stride, out_.at(batch, head, 0), out_.stride, queries,
-        layout.dim, delta_ + rows);
+    // do . out in the order in which a product sums do . v: where one key takes all, dp - delta is 0.
+    const int64_t row = layout.row_size;
+    this->load_queries(out_, batch, head, 1.0f, out_rows_);
+    for (int64_t q = 0; q < queries; ++q) {
+      tile_product(1, 1, layout.dim, do_rows_ + (rows + q) * row, row, out_rows_ + q * row, 1,
+          delta_ + rows + q, 1, false);
+    }
     for (int64_t q = 0; q < queries; ++q) lse_[rows + q] = lse_data_[unit * queries + q] * kLog2e;
     if (call_.wanted[0]) std::fill_n(parts_.at(unit, part), queries * layout.row_size, 0.0f);
   }
@@ -126,7 +132,7 @@ class Backward : Worker<Io> {
   const Rows<const Io> grad_, q_, k_, v_, out_;
   const Rows<Io> dk_, dv_;
   const float* lse_data_;
-  float *q_rows_, *do_rows_, *lse_, *delta_, *q_gathered_, *do_gathered_, *scores_, *dp_;
+  float *q_rows_, *do_rows_, *out_rows_, *lse_, *delta_, *q_gathered_, *do_gathered_, *scores_, *dp_;
   float *k_t_, *v_t_, *k_rows_, *dk_sums_, *dv_sums_;
 };
 

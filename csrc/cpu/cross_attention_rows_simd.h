@@ -101,7 +101,6 @@ inline constexpr cross::RowKernels<Io> kRowKernels = {
     pack_rows<Io, float>,
     load_columns<Io, float>,
     write_rows<Io>,
-    dot_rows<Io>,
     gather,
     softmax_rows,
     add_rows,
