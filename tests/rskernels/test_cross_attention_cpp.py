@@ -132,7 +132,9 @@ CASES = [
     Case(batch=1, heads=1, queries=1, keys=1, dim=3, drop=True),
     Case(heads=1, queries=70, keys=513, dim=257, magnitude=0.1, scale=0.7),
     Case(queries=100, keys=1100, dim=32),  # no mask: the keys are cut
-    Case(heads=1, queries=300, keys=70, dim=72, density=0.1, drop=True, shared=(True, False)),  # several tiles
+    Case(
+        heads=1, queries=300, keys=70, dim=72, density=0.1, drop=True, shared=(True, False)
+    ),  # several tiles
     Case(queries=7, keys=700, dim=16, shared=(True, True)),
     Case(batch=1, queries=1, keys=1, dim=256, density=0.02, magnitude=0.1, seed=2),  # one key takes all
 ]
