@@ -35,15 +35,17 @@ SHAPES = [
     Shape("SAM tokens on tokens, 9x9", 1, 8, 9, 9, 32),
     Shape("Mask2Former, 100x1024 masked", 2, 8, 100, 1024, 32, side=32),
     Shape("Mask2Former, 100x4096 masked", 2, 8, 100, 4096, 32, side=64),
+    Shape("Mask2Former, 100x16384 masked", 2, 8, 100, 16384, 32, side=128),
     Shape("Rein, 1025x100, d 1024", 2, 1, 1025, 100, 1024, rein=True),
     Shape("injector, 1024x1024", 1, 8, 1024, 1024, 64),
 ]
 
 
-def _boxes(shape: Shape, generator: torch.Generator) -> Tensor | None:
+def _boxes(shape: Shape) -> Tensor | None:
     """(B, Q, M): each query attends to a box of an eighth to half of the map's sides."""
     if not shape.side:
         return None
+    generator = torch.Generator().manual_seed(0)
     mask = torch.zeros(shape.B, shape.Q, shape.side, shape.side, dtype=torch.bool)
     for query in mask.flatten(0, 1):
         h, w = torch.randint(shape.side // 8, shape.side // 2 + 1, (2,), generator=generator).tolist()
@@ -79,7 +81,7 @@ def _build(shape: Shape, dtype: torch.dtype, which: str) -> dict[str, Call]:
         return x.unflatten(-1, (shape.h, shape.d)).transpose(1, 2)
 
     inputs = tokens(shape.B, shape.Q), tokens(key_batch, shape.M), tokens(key_batch, shape.M)
-    mask, grad = _boxes(shape, generator), tokens(shape.B, shape.Q)
+    mask, grad = _boxes(shape), tokens(shape.B, shape.Q)
 
     def call(form: Callable[..., Tensor], contiguous: bool) -> Call:
         given = [
@@ -98,15 +100,33 @@ def _build(shape: Shape, dtype: torch.dtype, which: str) -> dict[str, Call]:
     }
 
 
+def _flops(shape: Shape, which: str) -> float:
+    """QKᵀ and PV; backward has five products of that size (one recomputed). Only of what is attended to: no
+    more has to be computed."""
+    mask = _boxes(shape)
+    attended = 1.0 if mask is None else float(mask.float().mean())
+    products = {"forward": 2, "backward": 5, "both": 7}[which]
+    return 2.0 * shape.B * shape.h * shape.Q * shape.M * shape.d * attended * products
+
+
+def _bytes(shape: Shape, which: str, dtype: torch.dtype) -> float:
+    """Forward reads q, k, v and writes the output; backward reads them and its gradient and writes theirs."""
+    queries = shape.B * shape.h * shape.Q * shape.d
+    keys = (1 if shape.rein else shape.B) * shape.h * shape.M * shape.d
+    mask = shape.B * shape.Q * shape.M if shape.side else 0
+    forward = dtype.itemsize * (2 * queries + 2 * keys) + mask
+    backward = dtype.itemsize * (3 * queries + 4 * keys) + mask
+    return {"forward": forward, "backward": backward, "both": forward + backward}[which]
+
+
 def cases() -> list[Case]:
-    # QKᵀ and PV; backward has five products of that size (one recomputed).
-    products = {"forward": 2, "backward": 5, "both": 7}
     return [
         Case(
             name=f"{which}, {shape.name}, {str(dtype)[6:]}",
             build=partial(_build, shape, dtype, which),
             dtype=dtype,
-            flops=2.0 * shape.B * shape.h * shape.Q * shape.M * shape.d * products[which],
+            flops=_flops(shape, which),
+            bytes=_bytes(shape, which, dtype),
         )
         for which in PASSES
         for shape in SHAPES

@@ -2,7 +2,7 @@
 // cut, and the operands a thread packs.
 //
 // Names: a *unit* is one head of one batch entry. *Lanes* are the queries of a tile, rounded up to whole
-// vectors. A *task* is a part of the query tiles against a part of the key tiles of one or all heads.
+// vectors. A *task* is a part of the query tiles of a unit against a part of its key tiles.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -16,24 +16,10 @@
 
 namespace rskernels::cross {
 
-// One tile of scores, keys x lanes. `mask` is null or holds, key after key, one bit for each of 16 queries;
-// the next 16 queries follow mask_stride further on.
+// One tile of scores, keys x lanes.
 struct ScoreTile {
   int64_t keys, lanes;
   float scale;
-  const uint16_t* mask;
-  int64_t mask_stride;
-
-  bool attends_nowhere() const {
-    if (mask == nullptr) return false;
-    for (int64_t block = 0; block < lanes / kVector; ++block) {
-      const uint16_t* words = mask + block * mask_stride;
-      uint16_t any = 0;
-      for (int64_t key = 0; key < keys; ++key) any |= words[key];
-      if (any != 0) return false;
-    }
-    return true;
-  }
 };
 
 struct GradientTile : ScoreTile {
@@ -55,8 +41,6 @@ struct Kernels {
   void (*load_rows)(
       const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Tile* to, int64_t to_stride);
   void (*load_columns)(const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Tile* to, int64_t lanes);
-  void (*product)(int64_t m, int64_t n, int64_t k, const float* a, int64_t row_step, int64_t depth_step,
-      const float* b, int64_t ldb, float* c, int64_t ldc, bool accumulate);
   void (*row_max)(const ScoreTile& tile, const float* scores, float* largest);
   void (*softmax)(const ScoreTile& tile, const float* scores, const float* largest, float* sums, Tile* out);
   void (*rescale)(
@@ -68,14 +52,13 @@ struct Kernels {
       const Io* a, int64_t a_stride, const Io* b, int64_t b_stride, int64_t rows, int64_t dim, float* out);
   void (*row_delta)(const GradientTile& tile, float* delta);
   void (*score_gradient)(const GradientTile& tile, Tile* p_rows, Tile* ds_rows, Tile* ds_pairs);
-  void (*softmax_rows)(
-      int64_t rows, int64_t keys, int64_t lanes, float scale, float* scores, float* largest, float* sums);
-  void (*gradient_rows)(int64_t rows, int64_t keys, int64_t lanes, float scale, const float* lse,
-      const float* delta, float* scores, float* dp);
 };
 
 template <typename Io, typename Tile>
 const Kernels<Io, Tile>& kernels();
+
+// Head dim and keys up to which keys are few.
+constexpr int64_t kMostFewKeys = 64, kMostFewDim = 64;
 
 // The shape of a call, and what follows from it alone.
 struct Layout {
@@ -84,14 +67,12 @@ struct Layout {
   float scale;
   bool drop_first;
   Tiling query_tiles, key_tiles;
-  bool few_queries;     // on many keys: scores lie queries x keys, see cross_attention_few_queries.cpp
-  bool vector_products; // products of small sizes are done in place, by our own vector code
-  int64_t group;        // heads of a task: all where keys are few, so that rows of tokens are read whole
-  int64_t key_parts;    // few queries on many keys: the keys are cut, results are merged part after part
+  bool few_keys;     // of all heads: they stay on chip, see cross_attention_few_keys.cpp
+  bool by_rows;      // scores lie queries x keys, see cross_attention_rows.cpp
+  int64_t key_parts; // few queries on many keys: the keys are cut, results are merged part after part
 
   Layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask,
       double scale, bool drop_first);
-  int64_t groups() const { return heads / group; }
   int64_t units() const { return batch * heads; }
 };
 
@@ -105,12 +86,12 @@ struct Cut {
   const Layout& layout;
   int64_t query_parts;
 
-  int64_t tasks() const { return layout.batch * layout.groups() * query_parts * layout.key_parts; }
+  int64_t tasks() const { return layout.batch * layout.heads * query_parts * layout.key_parts; }
   // Heads are innermost: they lie side by side in memory.
   Task task(int64_t index) const {
     Task task;
-    task.head = index % layout.groups() * layout.group;
-    index /= layout.groups();
+    task.head = index % layout.heads;
+    index /= layout.heads;
     task.query_part = index % query_parts;
     index /= query_parts;
     task.key_part = index % layout.key_parts;
@@ -146,38 +127,24 @@ inline at::Tensor with_contiguous_rows(const at::Tensor& t) {
 // (B, heads, tokens, dim) whose memory is (B, tokens, heads, dim), as projections before and after want it.
 at::Tensor empty_tokens(int64_t batch, const at::Tensor& like, int64_t tokens);
 
-// The passes of few queries on many keys.
-void forward_of_few_queries(const Layout& layout, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-    const at::Tensor& out, const at::Tensor& lse);
-void backward_of_few_queries(const Layout& layout, const at::Tensor& grad, const at::Tensor& q,
-    const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
-    const at::Tensor& dq, const at::Tensor& dk, const at::Tensor& dv, const std::array<bool, 3>& wanted);
-
-// mask (B, Q, M) as bits along the queries; a row that attends nowhere attends everywhere.
-class Mask {
- public:
-  Mask(const Layout& layout, const std::optional<at::Tensor>& mask);
-
-  ScoreTile tile(const Layout& layout, int64_t batch, int64_t query_tile, int64_t key_tile) const {
-    const int64_t first = layout.query_tiles.begin(query_tile);
-    const int64_t lanes = round_up(layout.query_tiles.length(query_tile), kVector);
-    const uint16_t* words = bits_.empty() ? nullptr
-                                          : bits_.data() + (batch * blocks_ + first / kVector) * layout.keys +
-                                                layout.key_tiles.begin(key_tile);
-    return {layout.key_tiles.length(key_tile), lanes, layout.scale, words, layout.keys};
-  }
-
- private:
-  int64_t blocks_ = 0;
-  std::vector<uint16_t> bits_; // (B, blocks of 16 queries, M)
+// The tensors of a call. k and v may have a batch of 1; dq, dk and dv are empty where they are not wanted.
+struct Tensors {
+  at::Tensor q, k, v;  // in
+  at::Tensor out, lse; // out: (B, heads, Q, dim), (B, heads, Q); in, in the backward pass
 };
 
-// The left operand of a product: element (row, depth) is data[row * row_step + depth * depth_step].
-template <typename Tile>
-struct Left {
-  const Tile* data;
-  int64_t row_step, depth_step;
+struct Gradients : Tensors {
+  at::Tensor grad;            // in
+  at::Tensor dq, dk, dv;      // out
+  std::array<bool, 3> wanted; // dq, dk, dv
 };
+
+void forward_of_few_keys(const Layout& layout, const Tensors& call);
+void backward_of_few_keys(const Layout& layout, const Gradients& call);
+
+// mask (B, Q, M) bool; a row that attends nowhere attends everywhere.
+void forward_by_rows(const Layout& layout, const std::optional<at::Tensor>& mask, const Tensors& call);
+void backward_by_rows(const Layout& layout, const std::optional<at::Tensor>& mask, const Gradients& call);
 
 // What both passes do with a tile.
 template <typename Io, typename Tile>
@@ -185,64 +152,38 @@ class Worker {
  protected:
   explicit Worker(const Layout& layout) : layout_(layout), simd_(kernels<Io, Tile>()) {}
 
-  void product(int64_t m, int64_t n, int64_t k, const Left<Tile>& a, const Tile* b, int64_t ldb, float* c,
-      int64_t ldc, bool accumulate) const {
-    if constexpr (std::is_same_v<Tile, float>) {
-      if (layout_.vector_products) {
-        return simd_.product(m, n, k, a.data, a.row_step, a.depth_step, b, ldb, c, ldc, accumulate);
-      }
-    }
-    tile_product(m, n, k, a.data, a.row_step, b, ldb, c, ldc, accumulate);
+  ScoreTile score_tile(int64_t query_tile, int64_t key_tile) const {
+    const int64_t lanes = round_up(layout_.query_tiles.length(query_tile), kVector);
+    return {layout_.key_tiles.length(key_tile), lanes, layout_.scale};
   }
 
-  // Values of a task's packed keys, for each head of the task.
+  // Values of a task's packed keys.
   int64_t keys_size() const {
     const int64_t tiles = (layout_.key_tiles.count + layout_.key_parts - 1) / layout_.key_parts;
     return tiles * layout_.key_tiles.size * layout_.row_size;
   }
 
-  // Packs a task's keys or values of one head, as rows.
-  void pack_keys(const Rows<const Io>& rows, const Task& task, int64_t head, Tile* to) const {
+  // Packs a task's keys or values, as rows.
+  void pack_keys(const Rows<const Io>& rows, const Task& task, Tile* to) const {
     const int64_t first = layout_.key_tiles.begin(task.first_key_tile);
     const int64_t last =
         layout_.key_tiles.begin(task.last_key_tile - 1) + layout_.key_tiles.length(task.last_key_tile - 1);
     simd_.pack_rows(
-        rows.at(task.batch, head, first), rows.stride, last - first, layout_.dim, to, layout_.row_size);
+        rows.at(task.batch, task.head, first), rows.stride, last - first, layout_.dim, to, layout_.row_size);
   }
 
   // The first key's value counts as zero where it is dropped.
-  void pack_values(const Rows<const Io>& rows, const Task& task, int64_t head, Tile* to) const {
-    pack_keys(rows, task, head, to);
+  void pack_values(const Rows<const Io>& rows, const Task& task, Tile* to) const {
+    pack_keys(rows, task, to);
     if (layout_.drop_first && task.first_key_tile == 0) std::fill_n(to, layout_.row_size, Tile(0));
   }
 
-  // Packed rows as left operands (dim x keys), tile by tile; vector products read the rows themselves.
+  // Packed rows as left operands (dim x keys), tile by tile.
   void transpose_keys(const Task& task, const Tile* rows, Tile* to) const {
-    if (layout_.vector_products) return;
     for (int64_t t = task.first_key_tile; t < task.last_key_tile; ++t) {
       const int64_t at = (t - task.first_key_tile) * layout_.key_tiles.size * layout_.row_size;
       simd_.transpose_left(rows + at, layout_.row_size, layout_.key_tiles.length(t), layout_.dim, to + at,
           layout_.key_tiles.size);
-    }
-  }
-
-  // Keys or values of a tile as (keys x dim) and as (dim x keys); `at` is where the tile starts in its buffers.
-  Left<Tile> by_key(const Tile* rows, int64_t at) const { return {rows + at, layout_.row_size, 1}; }
-  Left<Tile> by_channel(const Tile* rows, const Tile* transposed, int64_t at) const {
-    if (layout_.vector_products) return {rows + at, 1, layout_.row_size};
-    return {transposed + at, layout_.key_tiles.size, 1};
-  }
-
-  // Fetches the head's rows of the next tile of queries ahead: the rows of one head are far apart in memory, and
-  // with few keys there is next to no arithmetic to wait behind.
-  template <typename T>
-  void prefetch_next_queries(const Rows<T>& rows, int64_t batch, int64_t head, int64_t query_tile) const {
-    if (layout_.group == 1 || query_tile + 1 >= layout_.query_tiles.count) return;
-    const int64_t count = layout_.query_tiles.length(query_tile + 1);
-    const T* row = rows.at(batch, head, layout_.query_tiles.begin(query_tile + 1));
-    for (int64_t i = 0; i < count; ++i, row += rows.stride) {
-      for (int64_t c = 0; c < layout_.dim; c += 64 / sizeof(T))
-        __builtin_prefetch(row + c, !std::is_const_v<T>);
     }
   }
 

@@ -2,7 +2,7 @@
 //
 // For each tile of queries and each tile of keys (everything keys x queries, as in the forward pass):
 //   scores = K q^T,  dp = V do^T                                     [two products]
-//   p = exp(scale * scores - lse), 0 where masked,  ds = p * (dp - delta)    [one vector pass]
+//   p = exp(scale * scores - lse),  ds = p * (dp - delta)            [one vector pass]
 //   dV += p do,  dK += ds q,  dq^T += K^T ds                         [three products]
 // where delta_i = do_i . out_i, or sum_j p_ij dp_ij where one tile holds all keys.
 //
@@ -21,23 +21,18 @@ namespace rskernels::cross {
 namespace {
 
 // The queries of a unit are cut into parts, each with its own sums of dk and dv, until there are this many tasks:
-// fewer where the sums are large.
-constexpr int64_t kEnoughTasks = 24, kEnoughSmallTasks = 64, kSmallSums = 1 << 14;
+// few, as the sums are large.
+constexpr int64_t kEnoughTasks = 24;
 constexpr int64_t kLeastQueryTilesOfPart = 4;
 constexpr int64_t kKeysOfMerge = 64; // rows of dk or dv that one task adds up
 
 Cut cut_of(const Layout& layout) {
   if (layout.key_parts > 1) return {layout, 1};
-  const int64_t enough = layout.keys * layout.row_size <= kSmallSums ? kEnoughSmallTasks : kEnoughTasks;
   const int64_t most = std::max<int64_t>(1, layout.query_tiles.count / kLeastQueryTilesOfPart);
-  return {layout, std::clamp<int64_t>(enough / (layout.batch * layout.groups()), 1, most)};
+  return {layout, std::clamp<int64_t>(kEnoughTasks / layout.units(), 1, most)};
 }
 
-// The tensors of a call.
-struct Call {
-  at::Tensor grad, q, k, v, out, lse; // in
-  at::Tensor dq, dk, dv;              // out
-  std::array<bool, 3> wanted;         // dq, dk, dv
+struct Call : Gradients {
   at::Tensor key_sums;   // (B, query parts, heads, 2, M, row) dk and dv, where they have several terms
   at::Tensor query_sums; // (units, query tiles, key parts, dim x lanes) dq^T, where the keys are cut
 
@@ -47,10 +42,9 @@ struct Call {
 template <typename Io, typename Tile>
 class Backward : Worker<Io, Tile> {
  public:
-  Backward(const Layout& layout, const Cut& cut, const Mask& mask, const Call& call)
+  Backward(const Layout& layout, const Cut& cut, const Call& call)
       : Worker<Io, Tile>(layout),
         cut_(cut),
-        mask_(mask),
         call_(call),
         q_(call.q),
         k_(call.k),
@@ -62,9 +56,8 @@ class Backward : Worker<Io, Tile> {
         dv_out_(call.dv),
         lse_data_(call.lse.const_data_ptr<float>()) {
     const int64_t queries = layout.query_tiles.size, row = layout.row_size, keys = this->keys_size();
-    for (Tile** rows : {&k_rows_, &v_rows_}) *rows = take<Tile>(keys * layout.group);
-    if (!layout.vector_products) k_left_ = take<Tile>(keys * layout.group);
-    if (!call.key_sums.defined() && call.keys()) own_sums_ = take<float>(2 * keys * layout.group);
+    for (Tile** rows : {&k_rows_, &v_rows_, &k_left_}) *rows = take<Tile>(keys);
+    if (!call.key_sums.defined() && call.keys()) own_sums_ = take<float>(2 * keys);
     for (Tile** rows : {&q_right_, &q_by_query_, &do_right_, &do_by_query_}) *rows = take<Tile>(queries * row);
     const int64_t tile = layout.key_tiles.size * queries;
     scores_ = take<float>(tile);
@@ -82,15 +75,11 @@ class Backward : Worker<Io, Tile> {
 
   void run(int64_t index) {
     const Task task = cut_.task(index);
-    for (int64_t h = 0; h < layout_.group; ++h) load_keys(task, h);
-    for (int64_t tile = task.first_query_tile; tile < task.last_query_tile; ++tile) {
-      for (int64_t h = 0; h < layout_.group; ++h) add_queries(task, tile, h);
-    }
+    load_keys(task);
+    for (int64_t tile = task.first_query_tile; tile < task.last_query_tile; ++tile) add_queries(task, tile);
     if (own_sums_ == nullptr) return;
     const int64_t first = layout_.key_tiles.begin(task.first_key_tile);
-    for (int64_t h = 0; h < layout_.group; ++h) {
-      write_keys(task.batch, task.head + h, first, keys_of(task), key_sums(task, h, 0), key_sums(task, h, 1));
-    }
+    write_keys(task.batch, task.head, first, keys_of(task), key_sums(task, 0), key_sums(task, 1));
   }
 
   // Adds up the sums of dk and dv: task `index` is a block of keys of one head, for every batch entry that has
@@ -152,9 +141,9 @@ class Backward : Worker<Io, Tile> {
   }
 
   // The same from the task's first key on.
-  float* key_sums(const Task& task, int64_t h, int64_t which) const {
-    if (own_sums_ != nullptr) return own_sums_ + (2 * h + which) * this->keys_size();
-    return sums_at(task.batch * cut_.query_parts + task.query_part, task.head + h, which) +
+  float* key_sums(const Task& task, int64_t which) const {
+    if (own_sums_ != nullptr) return own_sums_ + which * this->keys_size();
+    return sums_at(task.batch * cut_.query_parts + task.query_part, task.head, which) +
            layout_.key_tiles.begin(task.first_key_tile) * layout_.row_size;
   }
 
@@ -164,37 +153,29 @@ class Backward : Worker<Io, Tile> {
            ((unit * layout_.query_tiles.count + tile) * layout_.key_parts + part) * size;
   }
 
-  void load_keys(const Task& task, int64_t h) {
-    const int64_t at = h * this->keys_size();
-    this->pack_keys(k_, task, task.head + h, k_rows_ + at);
-    this->pack_values(v_, task, task.head + h, v_rows_ + at);
-    this->transpose_keys(task, k_rows_ + at, k_left_ + at);
+  void load_keys(const Task& task) {
+    this->pack_keys(k_, task, k_rows_);
+    this->pack_values(v_, task, v_rows_);
+    this->transpose_keys(task, k_rows_, k_left_);
     if (!call_.keys()) return;
     for (int64_t which = 0; which < 2; ++which) {
-      std::fill_n(key_sums(task, h, which), keys_of(task) * layout_.row_size, 0.0f);
+      std::fill_n(key_sums(task, which), keys_of(task) * layout_.row_size, 0.0f);
     }
   }
 
-  void add_queries(const Task& task, int64_t query_tile, int64_t h) {
-    load_queries(task, query_tile, h);
+  void add_queries(const Task& task, int64_t query_tile) {
+    load_queries(task, query_tile);
     const bool alone = layout_.key_parts == 1;
-    const int64_t unit = task.batch * layout_.heads + task.head + h;
+    const int64_t unit = task.batch * layout_.heads + task.head;
     float* dq = alone || !call_.wanted[0] ? own_dq_ : query_sums(unit, query_tile, task.key_part);
-    bool first = true;
     for (int64_t t = task.first_key_tile; t < task.last_key_tile; ++t) {
-      const ScoreTile tile = mask_.tile(layout_, task.batch, query_tile, t);
-      if (tile.attends_nowhere()) continue;
-      add_pair(task, tile, t - task.first_key_tile, h, dq, first);
-      first = false;
+      add_pair(task, this->score_tile(query_tile, t), t - task.first_key_tile, dq);
     }
-    if (!call_.wanted[0]) return;
-    const int64_t lanes = round_up(layout_.query_tiles.length(query_tile), kVector);
-    if (first) std::fill_n(dq, layout_.dim * lanes, 0.0f);
-    if (alone) write_queries(task.batch, task.head + h, query_tile, dq);
+    if (alone && call_.wanted[0]) write_queries(task.batch, task.head, query_tile, dq);
   }
 
-  void load_queries(const Task& task, int64_t query_tile, int64_t h) {
-    const int64_t head = task.head + h, row = layout_.row_size, dim = layout_.dim;
+  void load_queries(const Task& task, int64_t query_tile) {
+    const int64_t head = task.head, row = layout_.row_size, dim = layout_.dim;
     const int64_t first = layout_.query_tiles.begin(query_tile), count = layout_.query_tiles.length(query_tile);
     const int64_t lanes = round_up(count, kVector);
     const Io* q = q_.at(task.batch, head, first);
@@ -203,9 +184,6 @@ class Backward : Worker<Io, Tile> {
     simd_.load_columns(grad, grad_.stride, count, dim, do_right_, lanes);
     simd_.load_rows(q, q_.stride, count, dim, q_by_query_, row);
     simd_.load_rows(grad, grad_.stride, count, dim, do_by_query_, row);
-    this->prefetch_next_queries(q_, task.batch, head, query_tile);
-    this->prefetch_next_queries(grad_, task.batch, head, query_tile);
-    if (call_.wanted[0]) this->prefetch_next_queries(dq_, task.batch, head, query_tile);
     // Lanes without a query add nothing: their q and do are zero.
     std::fill(lse_ + count, lse_ + lanes, 0.0f);
     std::fill(delta_ + count, delta_ + lanes, 0.0f);
@@ -215,27 +193,23 @@ class Backward : Worker<Io, Tile> {
   }
 
   // Tile t of the task's keys against the tile of queries.
-  void add_pair(const Task& task, const ScoreTile& scores, int64_t t, int64_t h, float* dq, bool first) {
+  void add_pair(const Task& task, const ScoreTile& scores, int64_t t, float* dq) {
     const int64_t lanes = scores.lanes, keys = scores.keys, dim = layout_.dim, row = layout_.row_size;
-    const int64_t in_sums = t * layout_.key_tiles.size * row, at = h * this->keys_size() + in_sums;
-    this->product(
-        keys, lanes, depth<Tile>(dim), this->by_key(k_rows_, at), q_right_, lanes, scores_, lanes, false);
-    this->product(
-        keys, lanes, depth<Tile>(dim), this->by_key(v_rows_, at), do_right_, lanes, dp_, lanes, false);
+    const int64_t at = t * layout_.key_tiles.size * row;
+    tile_product(keys, lanes, depth<Tile>(dim), k_rows_ + at, row, q_right_, lanes, scores_, lanes, false);
+    tile_product(keys, lanes, depth<Tile>(dim), v_rows_ + at, row, do_right_, lanes, dp_, lanes, false);
     const GradientTile tile{scores, scores_, dp_, lse_, delta_};
     if (layout_.key_tiles.count == 1) simd_.row_delta(tile, delta_);
     simd_.score_gradient(tile, p_rows_, ds_rows_, ds_pairs_);
     if (call_.wanted[1]) {
-      const Left<Tile> ds{ds_rows_, lanes, 1};
-      this->product(keys, row, lanes, ds, q_by_query_, row, key_sums(task, h, 0) + in_sums, row, true);
+      tile_product(keys, row, lanes, ds_rows_, lanes, q_by_query_, row, key_sums(task, 0) + at, row, true);
     }
     if (call_.wanted[2]) {
-      const Left<Tile> p{p_rows_, lanes, 1};
-      this->product(keys, row, lanes, p, do_by_query_, row, key_sums(task, h, 1) + in_sums, row, true);
+      tile_product(keys, row, lanes, p_rows_, lanes, do_by_query_, row, key_sums(task, 1) + at, row, true);
     }
     if (call_.wanted[0]) {
-      this->product(dim, lanes, depth<Tile>(keys), this->by_channel(k_rows_, k_left_, at), ds_pairs_, lanes, dq,
-          lanes, !first);
+      tile_product(dim, lanes, depth<Tile>(keys), k_left_ + at, layout_.key_tiles.size, ds_pairs_, lanes, dq,
+          lanes, t > 0);
     }
   }
 
@@ -258,12 +232,11 @@ class Backward : Worker<Io, Tile> {
   }
 
   const Cut& cut_;
-  const Mask& mask_;
   const Call& call_;
   const Rows<const Io> q_, k_, v_, grad_, out_;
   const Rows<Io> dq_, dk_out_, dv_out_;
   const float* lse_data_;
-  Tile *k_rows_, *v_rows_, *k_left_ = nullptr, *q_right_, *q_by_query_, *do_right_, *do_by_query_;
+  Tile *k_rows_, *v_rows_, *k_left_, *q_right_, *q_by_query_, *do_right_, *do_by_query_;
   Tile *p_rows_, *ds_rows_, *ds_pairs_;
   float *own_sums_ = nullptr, *merged_ = nullptr, *scores_, *dp_, *lse_, *delta_, *factors_, *own_dq_;
 };
@@ -275,9 +248,9 @@ struct Merge {
 };
 
 template <typename Io, typename Tile>
-void backward(const Layout& layout, const Cut& cut, const Mask& mask, const Call& call) {
+void backward(const Layout& layout, const Cut& cut, const Call& call) {
   using Pass = Backward<Io, Tile>;
-  const auto worker = [&] { return Pass(layout, cut, mask, call); };
+  const auto worker = [&] { return Pass(layout, cut, call); };
   run_tasks(cut.tasks(), 1, worker);
   if (call.key_sums.defined()) {
     const int64_t blocks = (layout.keys + kKeysOfMerge - 1) / kKeysOfMerge;
@@ -314,13 +287,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_attention_backward(const at
   call.lse = lse.contiguous();
 
   const Layout layout(q, k, v, mask, scale, drop_first_key_value);
-  if (layout.few_queries) {
-    backward_of_few_queries(
-        layout, call.grad, call.q, call.k, call.v, call.out, call.lse, call.dq, call.dk, call.dv, wanted);
+  if (layout.few_keys || layout.by_rows) {
+    layout.few_keys ? backward_of_few_keys(layout, call) : backward_by_rows(layout, mask, call);
     return {call.dq, call.dk, call.dv};
   }
   const Cut cut = cut_of(layout);
-  const Mask bits(layout, mask);
   const auto floats = q.options().dtype(at::kFloat);
   const bool shared = layout.batch > 1 && (k.size(0) == 1 || v.size(0) == 1);
   if (call.keys() && (cut.query_parts > 1 || shared)) {
@@ -333,11 +304,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_attention_backward(const at
         floats);
   }
   if (q.scalar_type() == at::kFloat) {
-    backward<float, float>(layout, cut, bits, call);
-  } else if (has_bf16_tiles() && !layout.vector_products) {
-    backward<at::BFloat16, at::BFloat16>(layout, cut, bits, call);
+    backward<float, float>(layout, cut, call);
+  } else if (has_bf16_tiles()) {
+    backward<at::BFloat16, at::BFloat16>(layout, cut, call);
   } else {
-    backward<at::BFloat16, float>(layout, cut, bits, call);
+    backward<at::BFloat16, float>(layout, cut, call);
   }
   return {call.dq, call.dk, call.dv};
 }
