@@ -103,6 +103,7 @@ def test_one_channel_is_the_bias(extension) -> None:
     assert torch.equal(y, bias.detach().expand(5, 1)) and not dx.any() and not dw.any() and db == 5
 
 
+@pytest.mark.usefixtures("any_level")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_spoils_its_own_row(any_backend, dtype) -> None:
     x, weight, bias = arguments(6, 33, dtype=dtype)
@@ -126,6 +127,7 @@ def test_no_rows(any_backend) -> None:
     assert y.shape == dx.shape == (0, 16) and not dw.any() and not db.any()
 
 
+@pytest.mark.usefixtures("any_level")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_bits(extension, dtype) -> None:
     """From run to run, and for one thread and two."""
@@ -138,6 +140,7 @@ def test_equal_bits(extension, dtype) -> None:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run, strict=True))
 
 
+@pytest.mark.usefixtures("any_level")
 @pytest.mark.parametrize("wanted", range(1, 8))
 def test_partial_gradients(any_backend, relative_error, wanted) -> None:
     tensors, grad = arguments(40, 20), torch.randn(40, 20)

@@ -9,6 +9,7 @@ import rskernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 QKV = ("x", "weight", "bias", "a_q", "b_q", "a_v", "b_v")
+RESULTS = ("y", "x", "a_q", "b_q", "a_v", "b_v")
 
 
 def qkv_arguments(dtype, *, rows=(3, 50), inputs=24, dim=16, ranks=(4, 2), bias=True):
@@ -43,6 +44,21 @@ def as_dtype(args, dtype):
     return [None if a is None else a.detach().to(dtype).requires_grad_(a.requires_grad) for a in args]
 
 
+def conditioning(args, exact, grad):
+    """Relative errors of the factors' gradients that come from sums whose terms are off by what is allowed,
+    independently of each other: more than that where a sum is nearly zero, as one number may be."""
+    x, _, _, *factors = (t if t is None else t.detach().double().square() for t in args)
+    allowed = {torch.float32: 2e-6, torch.bfloat16: 5e-3}[args[0].dtype]
+    x, grad = x.flatten(0, -2), grad.double().square().flatten(0, -2)
+    dim = factors[1].shape[0]
+    variances = []
+    for (a, b), g in zip((factors[:2], factors[2:]), (grad[:, :dim], grad[:, 2 * dim :]), strict=True):
+        variances += [(g @ b).T @ x, g.T @ (x @ a.T)]
+    sizes = [t.norm().clamp_min(1e-30) for t in exact[2:]]
+    errors = [0.75 * allowed * v.sum().sqrt() / size for v, size in zip(variances, sizes, strict=True)]
+    return [0.0, 0.0, *(error.item() for error in errors)]
+
+
 def compare(assert_accurate, args, grad, dtype):
     """lora_qkv in C++ against the formula in float64, output and every gradient, eager as the measure."""
     exact = gradients(formula, as_dtype(args, torch.float64), grad)
@@ -50,10 +66,10 @@ def compare(assert_accurate, args, grad, dtype):
         eager = gradients(rskernels.lora_qkv, as_dtype(args, dtype), grad)
     with rskernels.backend("cpp"):
         ours = gradients(rskernels.lora_qkv, args, grad)
-    names = ("y", "x", "a_q", "b_q", "a_v", "b_v")
-    for name, out, peer, reference in zip(names, ours, eager, exact, strict=True):
+    unavoidable = conditioning(args, exact, grad)
+    for name, out, peer, reference, error in zip(RESULTS, ours, eager, exact, unavoidable, strict=True):
         assert out.dtype == dtype
-        assert_accurate(out, peer, reference, name)
+        assert_accurate(out, peer, reference, name, error)
 
 
 @pytest.mark.parametrize("bias", (True, False))
@@ -121,6 +137,7 @@ def test_every_instruction_set(extension, assert_accurate, isa, rows):
         extension.set_cpu_capability(best)
 
 
+@pytest.mark.usefixtures("any_level")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", (40, 1100))
 def test_same_bits_on_every_run_and_number_of_threads(extension, dtype, rows):
@@ -138,6 +155,7 @@ def test_same_bits_on_every_run_and_number_of_threads(extension, dtype, rows):
             assert torch.equal(value, expected) and value.isfinite().all()
 
 
+@pytest.mark.usefixtures("any_level")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_stays_in_its_row(extension, dtype):
     x, weight, bias, *factors = (t.detach() for t in qkv_arguments(dtype, rows=(70,), ranks=(3, 5)))
@@ -157,6 +175,7 @@ def test_huge_values_stay_finite(extension, dtype):
     assert all(t.isfinite().all() for t in gradients(rskernels.lora_qkv, args, 1e4 * torch.randn(70, 48)))
 
 
+@pytest.mark.usefixtures("any_level")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_expanded_gradient(extension, dtype):
     """As sum() gives it: strides of 0."""
@@ -224,9 +243,8 @@ def test_reference_gradcheck():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype):
     x, weight, bias, a_q, b_q, a_v, b_v = qkv_arguments(dtype, rows=(4, 5))
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
     args = (x, weight, bias, [a_q, a_v], [b_q, b_v], [0, 32], 0.5, True)
-    torch.library.opcheck(torch.ops.rskernels.lora_forward.default, args, **tolerance)
+    torch.library.opcheck(torch.ops.rskernels.lora_forward.default, args)
     x, a, b = x.detach(), [a_q.detach(), a_v.detach()], [b_q.detach(), b_v.detach()]
     out, xa = torch.ops.rskernels.lora_forward(x, weight, bias, a, b, [0, 32], 0.5, True)
     for mask in ([True, True, True], [False, True, False], [True, False, False], [False, False, True]):
@@ -327,7 +345,7 @@ def test_every_element_is_written(extension, dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
-def test_composite_operators_match_the_reference(dtype):
+def test_composite_operators_match_the_reference(dtype, assert_accurate):
     """What serves the registered operators where no extension is built."""
     args = qkv_arguments(dtype)
     grad = torch.randn(3, 50, 48).to(dtype)
@@ -339,9 +357,13 @@ def test_composite_operators_match_the_reference(dtype):
     a, b, columns = [a_q, a_v], [b_q, b_v], [0, 32]
     out, xa = forward.redispatch(keys, x, weight, bias, a, b, columns, 0.75, True)
     dx, da, db = backward.redispatch(keys, grad, x, weight, a, b, xa, columns, 0.75, [True] * 3)
-    tolerance = 1e-10 if dtype == torch.float64 else 1e-2
-    for value, truth in zip((out, dx, da[0], db[0], da[1], db[1]), expected, strict=True):
-        assert (value - truth).norm() <= tolerance * truth.norm()
+    exact = gradients(formula, as_dtype(args, torch.float64), grad)
+    values = (out, dx, da[0], db[0], da[1], db[1])
+    for name, value, eager, truth in zip(RESULTS, values, expected, exact, strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(value, truth)
+        else:
+            assert_accurate(value, eager, truth, name)
 
 
 def test_dropping_xa_is_an_error_where_backward_needs_it(extension):

@@ -111,6 +111,22 @@ def test_a_faster_product_replaces_the_rule_by_a_margin_only(extension, file, mo
     assert changed == {"bfloat16/grad_input/wide/large"}
 
 
+def test_a_table_stored_in_a_named_file_is_in_use(extension, file, monkeypatch, tmp_path):
+    """Even where RSKERNELS_TUNING names another file, or is off."""
+    gain = {"bfloat16/grad_input/wide/large": 0.5}
+    monkeypatch.setattr(tune, "_measure", lambda key: {"aten": 1.0, "onednn": gain.get(key, 1.0)})
+    for variable in (str(file), "off"):
+        monkeypatch.setenv("RSKERNELS_TUNING", variable)
+        tuning.load()
+        assert tuning.record()["products"] == tuning.default_table()
+        other = tmp_path / "elsewhere" / f"{len(variable)}.json"
+        table = tune.tune(other)
+        stored = json.loads(other.read_text())
+        assert stored["products"] == table != tuning.default_table()
+        assert tuning.record() == {"version": 1, "source": other.name, "products": table}
+        assert not file.exists()
+
+
 def test_an_interrupted_measurement_changes_nothing(extension, file, monkeypatch):
     before = tuning.record()
 
