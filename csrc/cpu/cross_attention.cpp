@@ -39,6 +39,23 @@ constexpr int64_t kFewQueries = 16;
 
 } // namespace
 
+void check_arguments(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask) {
+  const Check check{"cross_attention"};
+  check.rank("q", q, 4);
+  check.served("q", q);
+  check.rank("k", k, 4);
+  check.rank("v", v, 4);
+  const int64_t keys = k.size(2);
+  TORCH_CHECK_VALUE(keys > 0 && q.size(3) > 0, "cross_attention: k has shape ", k.sizes(),
+      "; expected at least one key and one channel");
+  for (const auto& [name, t] : {std::pair{"k", k}, std::pair{"v", v}}) {
+    const int64_t batch = t.size(0) == 1 ? 1 : q.size(0);
+    check.same(name, t, {batch, q.size(1), keys, q.size(3)}, q.scalar_type());
+  }
+  if (mask.has_value()) check.same("mask", *mask, {q.size(0), q.size(2), keys}, at::kBool);
+}
+
 Layout::Layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const std::optional<at::Tensor>& mask, double scale_, bool drop_first_)
     : batch(q.size(0)),
@@ -205,6 +222,7 @@ void forward(const Layout& layout, const Tensors& call) {
 
 std::tuple<at::Tensor, at::Tensor> cross_attention_forward(const at::Tensor& q, const at::Tensor& k,
     const at::Tensor& v, const std::optional<at::Tensor>& mask, double scale, bool drop_first_key_value) {
+  check_arguments(q, k, v, mask);
   const Tensors call{with_contiguous_rows(q), with_contiguous_rows(k), with_contiguous_rows(v),
       empty_tokens(q.size(0), q, q.size(2)),
       at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(at::kFloat))};

@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "check.h"
 #include "work.h"
 
 namespace rskernels::cross {
@@ -56,6 +57,10 @@ struct Kernels {
 
 template <typename Io, typename Tile>
 const Kernels<Io, Tile>& kernels();
+
+// What the Python function checks, too.
+void check_arguments(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask);
 
 // Head dim and keys up to which keys are few.
 constexpr int64_t kMostFewKeys = 64, kMostFewDim = 64;
@@ -111,7 +116,7 @@ struct Rows {
   int64_t batch_stride, head_stride, stride;
 
   explicit Rows(const at::Tensor& t)
-      : data(static_cast<Io*>(t.data_ptr())),
+      : data(data_of<Io>(t)),
         batch_stride(t.size(0) == 1 ? 0 : t.stride(0)),
         head_stride(t.stride(1)),
         stride(t.stride(2)) {}

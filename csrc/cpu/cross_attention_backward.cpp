@@ -266,6 +266,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_attention_backward(const at
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
     const std::optional<at::Tensor>& mask, double scale, bool drop_first_key_value,
     std::array<bool, 3> wanted) {
+  check_arguments(q, k, v, mask);
+  const Check check{"cross_attention"};
+  check.same("the gradient", grad, q.sizes(), q.scalar_type());
+  check.same("the output", out, q.sizes(), q.scalar_type());
+  check.same("the log-sum-exp", lse, q.sizes().slice(0, 3), at::kFloat);
   const auto gradient_of = [&](const at::Tensor& t, bool asked) {
     return asked ? empty_tokens(t.size(0), t, t.size(2)) : at::empty({0, 0, 0, 0}, t.options());
   };

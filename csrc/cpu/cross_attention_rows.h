@@ -58,7 +58,7 @@ class Bits {
       return;
     }
     const at::Tensor rows = mask->stride(2) == 1 ? *mask : mask->contiguous();
-    const bool* data = rows.const_data_ptr<bool>();
+    const auto* data = reinterpret_cast<const uint8_t*>(rows.const_data_ptr<bool>());
     const int64_t row_stride = rows.stride(1), batch_stride = rows.stride(0);
     at::parallel_for(0, layout.batch * queries_, 4, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
@@ -82,22 +82,23 @@ class Bits {
     return rest >= kWordKeys ? ~0u : (1u << rest) - 1;
   }
 
-  // Eight bools as bits. The product puts a copy of each, at another place, into the highest byte.
-  static uint32_t eight(const bool* from) {
+  // Eight bools as bits; whatever is not 0 is true, as a mask may be a view of bytes. The product puts a copy of
+  // each, at another place, into the highest byte.
+  static uint32_t eight(const uint8_t* from) {
     uint64_t bytes = 0;
-    for (int i = 0; i < 8; ++i) bytes |= static_cast<uint64_t>(from[i]) << (8 * i);
+    for (int i = 0; i < 8; ++i) bytes |= static_cast<uint64_t>(from[i] != 0) << (8 * i);
     return static_cast<uint32_t>(bytes * 0x0102040810204080u >> 56);
   }
 
   // One query's row; one that attends nowhere attends everywhere.
-  void pack(const Layout& layout, const bool* from, uint32_t* to) const {
+  void pack(const Layout& layout, const uint8_t* from, uint32_t* to) const {
     uint32_t any = 0;
     for (int64_t w = 0; w < words_; ++w) {
       const int64_t count = std::min(kWordKeys, layout.keys - w * kWordKeys);
       uint32_t word = 0;
       int64_t i = 0;
       for (; i + 8 <= count; i += 8) word |= eight(from + w * kWordKeys + i) << i;
-      for (; i < count; ++i) word |= static_cast<uint32_t>(from[w * kWordKeys + i]) << i;
+      for (; i < count; ++i) word |= static_cast<uint32_t>(from[w * kWordKeys + i] != 0) << i;
       to[w * queries_] = word;
       any |= word;
     }

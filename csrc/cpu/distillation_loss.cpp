@@ -58,7 +58,8 @@ namespace {
 // Rows of all channels and images, evenly spaced.
 bool has_even_rows(const Tensor& map) {
   const auto [b, c, y, x] = strides_of(map);
-  return x == 1 && (c == map.size(2) * y || map.size(1) == 1) && (b == map.size(1) * c || map.size(0) == 1);
+  const int64_t rows = map.size(1) * map.size(2);
+  return x == 1 && (c == map.size(2) * y || map.size(1) == 1) && (b == rows * y || map.size(0) == 1);
 }
 
 struct Shape {

@@ -45,7 +45,7 @@ def cross_attention(
     Raises:
         ValueError: shapes that do not fit, no keys. TypeError: mask not bool, q, k or v not floating point.
     """
-    _check(q, k, v, mask)
+    _check(q, k, v, mask, scale)
     q, k, v = cast_to_compute_dtype(q, q, k, v)
     if choose("cross_attention", q, k, v) == "reference":
         return cross_attention_reference(q, k, v, mask, scale, drop_first_key_value)
@@ -71,7 +71,7 @@ def cross_attention_reference(
         return (weights @ v.to(dtype)).to(q.dtype)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(
@@ -83,8 +83,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
             raise ValueError(f"cross_attention: {name} is on {tensor.device}, q on {q.device}")
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
-    if keys == 0:
-        raise ValueError(f"cross_attention: k has shape {tuple(k.shape)}; expected at least one key")
+    if keys == 0 or dim == 0:
+        raise ValueError(
+            f"cross_attention: k has shape {tuple(k.shape)}; expected at least one key and one channel"
+        )
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape[0] not in (1, batch) or tuple(tensor.shape[1:]) != (heads, keys, dim):
             raise ValueError(

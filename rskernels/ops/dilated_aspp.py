@@ -140,7 +140,7 @@ def _check(
                 f"dilated_aspp: features[{i}] has shape {tuple(x.shape)}; expected (B, C, h, w) with the "
                 f"batch and size of features[0] {tuple(first.shape)}"
             )
-        if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
+        if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 3, 3) or weight.shape[1] == 0:
             raise ValueError(
                 f"dilated_aspp: weights[{i}] has shape {tuple(weight.shape)}; "
                 f"expected (O, {x.shape[1]}, 3, 3)"

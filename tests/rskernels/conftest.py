@@ -12,6 +12,8 @@ import rskernels
 from rskernels import dispatch, tuning
 
 sys.path.append(str(Path(__file__).parent))  # for modules that test files share
+from accuracy import allowed_error
+
 ROOT = Path(rskernels.__file__).resolve().parents[1]  # of the package under test: `make sanitize` has its own
 
 
@@ -64,13 +66,12 @@ def relative_error():
 
 @pytest.fixture(scope="session")
 def assert_accurate(relative_error):
-    """An accelerated result against the float64 reference: below 2e-6 (float32) or 5e-3 (bfloat16), or below
-    twice what the same computation in eager PyTorch of that dtype reaches. `unavoidable` is the error
-    that allowed errors of a sum's terms bring, where a test knows it."""
+    """An accelerated result against the float64 reference: below allowed_error, or below twice what the same
+    computation in eager PyTorch of that dtype reaches. `unavoidable` is the error that allowed errors of a
+    sum's terms bring, where a test knows it."""
 
     def check(out, eager, reference, what, unavoidable=0.0):
-        floor = {torch.float32: 2e-6, torch.bfloat16: 5e-3}[out.dtype]
-        bound = max(floor, 2 * relative_error(eager, reference), unavoidable)
+        bound = max(allowed_error(out), 2 * relative_error(eager, reference), unavoidable)
         error = relative_error(out, reference)
         assert error <= bound, f"{what}: error {error:.2e}, allowed {bound:.2e}"
 

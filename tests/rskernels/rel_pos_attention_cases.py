@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from accuracy import allowed_error
 from torch import Tensor
 
 import rskernels
@@ -19,7 +20,6 @@ needs_cpp = pytest.mark.skipif(
 NAMES = ("out", "qkv", "rel_pos_h", "rel_pos_w", "pad_qkv")
 # A gradient below this share of its terms (see terms()) is mostly rounding: that share measures its error.
 CANCELLED = 0.5
-BOUND = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def compare(case: Case, dtype: torch.dtype) -> None:
             continue
         assert value.dtype == dtype and value.shape == truth.shape, name
         size = CANCELLED * floor.norm().item()
-        bound = max(BOUND[dtype], 2 * relative_error(eager, truth, size))
+        bound = max(allowed_error(value), 2 * relative_error(eager, truth, size))
         error = relative_error(value, truth, size)
         assert error < bound, f"{name}: error {error:.2e}, allowed {bound:.2e}, {case}"
 

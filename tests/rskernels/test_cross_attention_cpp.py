@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from accuracy import allowed_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,7 +20,6 @@ needs_cpp = pytest.mark.skipif(
 )
 DTYPES = (torch.float32, torch.bfloat16)
 NAMES = ("out", "q", "k", "v")
-BOUND = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 # A gradient below this share of its terms (see terms()) is mostly rounding: that share measures its error.
 CANCELLED = 0.5
 
@@ -112,7 +112,7 @@ def compare(case: Case, dtype: torch.dtype) -> None:
     for name, value, eager, truth, floor in zip(NAMES, values, eagers, truths, floors, strict=True):
         assert value.dtype == dtype and value.shape == truth.shape, name
         size = CANCELLED * floor.norm().item()
-        bound = max(BOUND[dtype], 2 * relative_error_of(eager, truth, size))
+        bound = max(allowed_error(value), 2 * relative_error_of(eager, truth, size))
         error = relative_error_of(value, truth, size)
         assert error <= bound, f"{name} of {case}: error {error:.2e}, allowed {bound:.2e}"
 

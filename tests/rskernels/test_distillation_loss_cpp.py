@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from accuracy import allowed_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,6 @@ NAMES = ("kl", "mse", "student")
 # Loss and gradient of nearly equal maps are small differences of large terms. Where they are smaller than
 # these shares of the terms (see terms()) the shares measure the error: 2e-7 in a distribution's divergence.
 KL_CANCELLED, GRADIENT_CANCELLED = 0.1, 0.5
-BOUND = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
 LAYOUTS = ("contiguous", "channels_last", "tokens", "transposed", "channels", "crop")
 
 
@@ -125,7 +125,7 @@ def compare(case):
     assert values[2].dtype == student.dtype
     assert values[2].stride() == torch.empty_like(student).stride()
     for name, value, eager, truth, floor in zip(NAMES, values, eagers, truths, floors, strict=True):
-        bound = max(BOUND[value.dtype], 2 * eager)
+        bound = max(allowed_error(value), 2 * eager)
         assert relative_error(value, truth, floor) < bound, (name, case)
 
 
@@ -236,7 +236,7 @@ def test_growing_logits_replace_the_reference_values(axis, layout):
         truths = losses_and_gradient(case, *(x.double() for x in maps), "reference")
         eagers = losses_and_gradient(case, *maps, "reference")
         for value, eager, truth in zip(losses_and_gradient(case, *maps, "cpp"), eagers, truths, strict=True):
-            bound = max(BOUND[value.dtype], 2 * relative_error(eager, truth, 0))
+            bound = max(allowed_error(value), 2 * relative_error(eager, truth, 0))
             assert relative_error(value, truth, 0) < bound
 
 
