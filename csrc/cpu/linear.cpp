@@ -28,6 +28,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include "check.h"
 #include "linear.h"
 
 namespace rskernels {
@@ -81,6 +82,7 @@ bool has_bf16_product() {
 bool use_onednn(Pass pass, const Tensor& operand, int64_t rows, int64_t in, int64_t out) {
   if (!at::globalContext().userEnabledMkldnn() || !pointwise().has_value()) return false;
   const bool bf16 = operand.scalar_type() == at::kBFloat16;
+  if (!bf16 && operand.scalar_type() != at::kFloat) return false;
   const int index = table_index(bf16, pass, shape_class(rows, in, out));
   const Product product = product_table()[index].load(std::memory_order_relaxed);
   return product == Product::onednn && (!bf16 || has_bf16_product());
@@ -110,16 +112,30 @@ Tensor through_activation(const Tensor& grad, const Tensor& saved, std::string_v
   return activation == "relu" ? at::threshold_backward(grad, saved, 0) : grad;
 }
 
+constexpr Check kCheck{"linear"};
+
+void check_operands(const Tensor& x, const Tensor& weight, std::string_view activation) {
+  kCheck.floating("x", x);
+  kCheck.rank("weight", weight, 2);
+  kCheck.dtype("weight", weight, x.scalar_type());
+  kCheck.rows("x", x, weight.size(1));
+  TORCH_CHECK_VALUE(
+      activation == "none" || activation == "gelu" || activation == "gelu_tanh" || activation == "relu",
+      kCheck.op, ": activation is ", activation, "; expected none, gelu, gelu_tanh or relu");
+}
+
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     std::string_view activation, bool keep_pre) {
   const PlainDispatch guard;
+  check_operands(x, weight, activation);
   const int64_t in = weight.size(1), out = weight.size(0), rows = in > 0 ? x.numel() / in : 0;
+  if (bias.has_value()) kCheck.same("bias", *bias, {out}, x.scalar_type());
   auto sizes = x.sizes().vec();
   sizes.back() = out;
   const Tensor nothing = at::empty({0}, x.options());
   const bool plain = activation == "none";
   const bool keep = keep_pre && !plain && activation != "relu";
-  if (use_onednn(Pass::forward, x, rows, in, out)) {
+  if (in > 0 && use_onednn(Pass::forward, x, rows, in, out)) {
     const Tensor first = onednn_product(as_rows(x), weight.contiguous(), bias, keep ? "none" : activation);
     const Tensor y = keep ? activate(first, activation) : first;
     return {y.view(sizes), keep ? first.view(sizes) : nothing};
@@ -157,7 +173,11 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const Tensor& x,
     const Tensor& weight, const Tensor& saved, std::string_view activation, std::array<bool, 3> mask) {
   const PlainDispatch guard;
+  check_operands(x, weight, activation);
   const int64_t in = weight.size(1), out = weight.size(0);
+  kCheck.rows_like("grad", grad_output, x, out);
+  kCheck.dtype("grad", grad_output, x.scalar_type());
+  if (activation != "none") kCheck.same("saved", saved, grad_output.sizes(), x.scalar_type());
   auto sizes = grad_output.sizes().vec();
   sizes.back() = in;
   Tensor dx = at::empty({0}, grad_output.options()), dw = at::empty_like(dx), db = at::empty_like(dx);
