@@ -26,6 +26,7 @@
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
 #include "check.h"
@@ -80,7 +81,7 @@ bool has_bf16_product() {
 }
 
 bool use_onednn(Pass pass, const Tensor& operand, int64_t rows, int64_t in, int64_t out) {
-  if (!at::globalContext().userEnabledMkldnn() || !pointwise().has_value()) return false;
+  if (in == 0 || !at::globalContext().userEnabledMkldnn() || !pointwise().has_value()) return false;
   const bool bf16 = operand.scalar_type() == at::kBFloat16;
   if (!bf16 && operand.scalar_type() != at::kFloat) return false;
   const int index = table_index(bf16, pass, shape_class(rows, in, out));
@@ -90,7 +91,8 @@ bool use_onednn(Pass pass, const Tensor& operand, int64_t rows, int64_t in, int6
 
 // Rows of the last dimension, densely packed.
 Tensor as_rows(const Tensor& tensor) {
-  return tensor.reshape({-1, tensor.size(-1)}).contiguous();
+  const int64_t rows = c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
+  return tensor.reshape({rows, tensor.size(-1)}).contiguous();
 }
 
 Tensor activate(const Tensor& pre, std::string_view activation) {
@@ -135,7 +137,7 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight,
   const Tensor nothing = at::empty({0}, x.options());
   const bool plain = activation == "none";
   const bool keep = keep_pre && !plain && activation != "relu";
-  if (in > 0 && use_onednn(Pass::forward, x, rows, in, out)) {
+  if (use_onednn(Pass::forward, x, rows, in, out)) {
     const Tensor first = onednn_product(as_rows(x), weight.contiguous(), bias, keep ? "none" : activation);
     const Tensor y = keep ? activate(first, activation) : first;
     return {y.view(sizes), keep ? first.view(sizes) : nothing};
@@ -181,7 +183,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, co
   auto sizes = grad_output.sizes().vec();
   sizes.back() = in;
   Tensor dx = at::empty({0}, grad_output.options()), dw = at::empty_like(dx), db = at::empty_like(dx);
-  if (grad_output.numel() == 0 || in == 0) {
+  if (grad_output.numel() == 0) {
     if (mask[0]) dx = at::zeros(sizes, grad_output.options());
     if (mask[1]) dw = at::zeros({out, in}, grad_output.options());
     if (mask[2]) db = at::zeros({out}, grad_output.options());

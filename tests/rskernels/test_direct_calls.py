@@ -152,7 +152,9 @@ ROWS = {
         distillation_loss_backward,
         dtypes={"student": {BF16}, "teacher": {BF16}, "grad_kl": FLOATS, "grad_mse": FLOATS},
     ),
-    "deformable_attention_forward": Row(deformable_attention, dims={"value": {3}}, dtypes=_SAMPLES),
+    "deformable_attention_forward": Row(
+        deformable_attention, dims={"value": {3}}, dtypes={"value": {BF16}, **_SAMPLES}
+    ),
     "deformable_attention_backward": Row(deformable_attention_backward, dtypes=_SAMPLES),
     "cross_attention_forward": Row(cross_attention),
     "cross_attention_backward": Row(cross_attention_backward),
