@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda", "xformers", "sdpa")
 
@@ -42,11 +43,13 @@ TABLE: dict[str, dict[str, dict[torch.dtype, tuple[str, ...]]]] = {
 def _load_extension() -> str:
     """Import rskernels._C; '' when it is usable, else the reason why not."""
     if os.environ.get("RSKERNELS_DISABLE_EXT", "") not in ("", "0"):
-        return "switched off by RSKERNELS_DISABLE_EXT"
+        return "is switched off by RSKERNELS_DISABLE_EXT"
     try:
         _C = importlib.import_module("rskernels._C")
     except ModuleNotFoundError:
-        return "not built (no C++ compiler at install time?); pip install --no-build-isolation -e . builds it"
+        return (
+            "is not built (no C++ compiler at install time?); pip install --no-build-isolation -e . builds it"
+        )
     except ImportError as error:
         return f"does not load ({str(error).splitlines()[0]}); rebuild it against the installed torch"
     built, running = _C.build_info()["torch"], torch.__version__
@@ -118,6 +121,14 @@ def choose(op: str, *tensors: Tensor | None, without: Mapping[str, str] | None =
     """
     if _requested == "reference":
         return "reference"
+    if forward_ad._current_level >= 0:
+        # A registered operator has no forward-mode formula, and PyTorch would drop the tangent in silence.
+        if _requested == "auto":
+            return "reference"
+        raise ValueError(
+            f"backend {_requested!r} cannot serve {op} in forward-mode differentiation; "
+            "use set_backend('auto') or set_backend('reference')"
+        )
     device, dtype = _common(tensors)
     candidates = TABLE[op].get(device, {}).get(dtype, ()) if dtype is not None else ()
     if _requested == "auto":

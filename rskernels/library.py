@@ -4,6 +4,8 @@ Schemas are defined here, once, in Python: a pure-Python install has every opera
 adds CPU kernels to them (TORCH_LIBRARY_IMPL); until it does, the reference given to `define` serves.
 """
 
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +48,14 @@ def once_differentiable(name: str) -> None:
         )
 
     differentiate(name, backward, lambda ctx, inputs, output: None)
+
+
+def check_finite(op: str, name: str, value: float, expected: str = "a finite number") -> None:
+    """Refuse an argument that is no number, NaN or infinite: a kernel would make NaN of every output."""
+    if not isinstance(value, (numbers.Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{op}: {name} is {value!r}; expected {expected}")
+    if not abs(value) < math.inf:
+        raise ValueError(f"{op}: {name} is {value}; expected {expected}")
 
 
 def autocast_dtype(lead: Tensor) -> torch.dtype | None:

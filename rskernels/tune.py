@@ -32,6 +32,9 @@ def tune(file: Path | None = None) -> dict[str, str]:
     file = file or tuning.path()
     if file is None:
         raise ValueError("tune: RSKERNELS_TUNING is 'off'; unset it or name a file to write")
+    if file.is_dir():
+        raise ValueError(f"tune: {file} is a folder; name a file with RSKERNELS_TUNING")
+    file.parent.mkdir(parents=True, exist_ok=True)  # what is wrong with it, before 20 seconds of measuring
     before = tuning.record()
     table, ratios = tuning.default_table(), {}
     try:
@@ -56,7 +59,6 @@ def tune(file: Path | None = None) -> dict[str, str]:
             "cpu": torch.backends.cpu.get_cpu_capability(),
         },
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(stored, indent=1) + "\n")
     temporary.replace(file)

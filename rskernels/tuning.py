@@ -59,7 +59,7 @@ def record() -> dict[str, Any]:
 
 def restore(saved: Mapping[str, Any]) -> None:
     """Use a table that `record` gave, so that a resumed run computes with the same products."""
-    use(saved, str(saved.get("source", "restored")))
+    _use(_checked(saved, "restore"), str(saved.get("source", "restored")))
 
 
 def use(saved: Mapping[str, Any], source: str) -> None:
@@ -81,11 +81,15 @@ def path() -> Path | None:
 def load() -> None:
     """Read the stored table (once, at import); a file that cannot be used is ignored with a warning."""
     file = path()
-    if file is None or not file.is_file():
+    if file is None or not file.exists():
         _use(default_table(), "default rule")
         return
     try:
-        use(json.loads(file.read_text()), str(file))
+        try:
+            saved = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: not JSON ({error}); run `python -m rskernels tune`") from None
+        use(saved, str(file))
     except (OSError, ValueError) as error:
         warnings.warn(f"rskernels: ignoring the tuning table: {error}", RuntimeWarning, stacklevel=2)
         _use(default_table(), "default rule")

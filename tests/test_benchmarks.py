@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -146,10 +147,12 @@ def test_every_case_has_a_name_of_its_own():
 
 def test_pytest_benchmark_groups_every_candidate(tmp_path):
     """A case of a suite through `pytest benchmarks/`, timing switched off: every candidate is an entry."""
+    # Under xdist, which this process may run in, pytest-benchmark measures nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
          "-k", "linear and forward and 1024x768 and float32", f"--benchmark-json={tmp_path / 'out.json'}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=200,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     entries = json.loads((tmp_path / "out.json").read_text())["benchmarks"]

@@ -8,6 +8,7 @@
 // whose results are merged in order. Masks and small sizes have kernels of their own (cross_attention_rows.cpp,
 // cross_attention_few_keys.cpp).
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -77,7 +78,10 @@ Layout::Layout(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
 }
 
 at::Tensor empty_tokens(int64_t batch, const at::Tensor& like, int64_t tokens) {
-  return at::empty({batch, tokens, like.size(1), like.size(3)}, like.options()).transpose(1, 2);
+  // Not a transposed view: autograd would refuse to change that in place.
+  const int64_t heads = like.size(1), dim = like.size(3);
+  return at::empty_strided(
+      {batch, heads, tokens, dim}, {tokens * heads * dim, dim, heads * dim, 1}, like.options());
 }
 
 namespace {

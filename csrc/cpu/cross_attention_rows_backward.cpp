@@ -65,6 +65,7 @@ class Backward : Worker<Io> {
   }
 
  private:
+  bool one_tile() const { return this->layout_.keys <= this->cut_.tile; }
   float* take(int64_t n) { return this->scratch_.template take<float>(n); }
   void clear(float* sums) { std::fill_n(sums, this->cut_.tile * this->layout_.row_size, 0.0f); }
 
@@ -74,6 +75,9 @@ class Backward : Worker<Io> {
     const int64_t queries = layout.queries, unit = batch * layout.heads + head, rows = b * queries;
     this->load_queries(q_, batch, head, layout.scale * kLog2e, q_rows_ + rows * layout.row_size);
     this->load_queries(grad_, batch, head, 1.0f, do_rows_ + rows * layout.row_size);
+    for (int64_t q = 0; q < queries; ++q) lse_[rows + q] = lse_data_[unit * queries + q] * kLog2e;
+    if (call_.wanted[0]) std::fill_n(parts_.at(unit, part), queries * layout.row_size, 0.0f);
+    if (one_tile()) return;
     // do . out in the order in which a product sums do . v: where one key takes all, dp - delta is 0.
     const int64_t row = layout.row_size;
     this->load_queries(out_, batch, head, 1.0f, out_rows_);
@@ -81,8 +85,6 @@ class Backward : Worker<Io> {
       tile_product(1, 1, layout.dim, do_rows_ + (rows + q) * row, row, out_rows_ + q * row, 1,
           delta_ + rows + q, 1, false);
     }
-    for (int64_t q = 0; q < queries; ++q) lse_[rows + q] = lse_data_[unit * queries + q] * kLog2e;
-    if (call_.wanted[0]) std::fill_n(parts_.at(unit, part), queries * layout.row_size, 0.0f);
   }
 
   void load_keys(int64_t batch, int64_t head, int64_t t, int64_t lanes) {
@@ -107,7 +109,7 @@ class Backward : Worker<Io> {
     const float* grad = this->rows_of(tile, do_rows_ + all * row, do_gathered_);
     tile_product(tile.rows, lanes, dim, q, row, k_t_, lanes, scores_, lanes, false);
     tile_product(tile.rows, lanes, dim, grad, row, v_t_, lanes, dp_, lanes, false);
-    this->simd_.gradient(tile, lse_ + all, delta_ + all, scores_, dp_);
+    this->simd_.gradient(tile, lse_ + all, one_tile() ? nullptr : delta_ + all, scores_, dp_);
     if (call_.wanted[0]) {
       tile_product(tile.rows, row, lanes, dp_, lanes, k_rows_, row, this->tile_rows_, row, false);
       this->simd_.add_rows(tile, this->tile_rows_, this->no_factors_, row, dq);

@@ -84,14 +84,21 @@ inline void reduce_sums(int64_t queries, const float* sums, float* to) {
   for (int64_t q = 0; q < queries; ++q) to[q] = sum_lanes(load(sums + q * kLanes));
 }
 
-// p over scores, ds over dp; lse in base 2.
+// p over scores, ds over dp; lse in base 2. delta: do . out per query, or null where this tile holds all keys: then it
+// is the mean of dp, which knows nothing of the rounding of out.
 inline void gradient_rows(const RowTile& tile, const float* lse, const float* delta, float* scores, float* dp) {
   for (int64_t i = 0; i < tile.rows; ++i, scores += tile.lanes, dp += tile.lanes) {
     const int64_t query = tile.queries[i];
+    VecF total{}, weighted{};
     for (int64_t l = 0; l < tile.lanes; l += kLanes) {
       const VecF p = attended_or(0.0f, mask_of(tile, query, l), exp2<5>(load(scores + l) - lse[query]));
       store(scores + l, p);
-      store(dp + l, p * (load(dp + l) - delta[query]));
+      total += p;
+      weighted += p * load(dp + l);
+    }
+    const float mean = delta != nullptr ? delta[query] : sum_lanes(weighted) / sum_lanes(total);
+    for (int64_t l = 0; l < tile.lanes; l += kLanes) {
+      store(dp + l, load(scores + l) * (load(dp + l) - mean));
     }
   }
 }

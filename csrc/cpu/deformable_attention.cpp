@@ -21,14 +21,20 @@ template const DeformableKernels<float>& deformable_kernels();
 template const DeformableKernels<at::BFloat16>& deformable_kernels();
 
 DeformableLayout::DeformableLayout(
-    const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations, const at::Tensor& weights)
-    : batch(value.size(0)),
-      pixels(value.size(1)),
-      heads(value.size(2)),
-      dim(value.size(3)),
-      queries(locations.size(1)),
-      points(locations.size(4)),
-      row(round_up(dim, kVector)) {
+    const at::Tensor& value, at::IntArrayRef shapes, const at::Tensor& locations, const at::Tensor& weights) {
+  const Check check{"deformable_attention"};
+  check.served("value", value);
+  check.floating("sampling_locations", locations);
+  check.floating("attention_weights", weights);
+  check.rank("value", value, 4);
+  check.rank("sampling_locations", locations, 6);
+  batch = value.size(0);
+  pixels = value.size(1);
+  heads = value.size(2);
+  dim = value.size(3);
+  queries = locations.size(1);
+  points = locations.size(4);
+  row = round_up(dim, kVector);
   constexpr int64_t kLargestSide = 1 << 24, kMostPixels = 1 << 30; // exact in fp32; no overflow of 32 bits
   int64_t first = 0;
   for (size_t i = 0; i + 1 < shapes.size(); i += 2) {

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "check.h"
 #include "work.h"
 
 namespace rskernels {

@@ -6,6 +6,7 @@
 // buffer and go straight into its product.
 #include <ATen/ops/addcmul.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -29,7 +30,48 @@ template const AsppKernels<at::BFloat16, at::BFloat16>& aspp_kernels();
 Activation activation_named(std::string_view name) {
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
-  return name == "relu" ? Activation::relu : Activation::none;
+  if (name == "relu") return Activation::relu;
+  TORCH_CHECK_VALUE(
+      name == "none", "dilated_aspp: activation is ", name, "; expected none, gelu, gelu_tanh or relu");
+  return Activation::none;
+}
+
+AsppShape::AsppShape(const std::vector<at::Tensor>& features, const std::vector<at::Tensor>& weights,
+    at::IntArrayRef dilations, const std::optional<at::Tensor>& scale,
+    const std::optional<at::Tensor>& projection_weight) {
+  constexpr int64_t kLargestDilation = int64_t(1) << 30;
+  const Check check{"dilated_aspp"};
+  TORCH_CHECK_VALUE(!weights.empty() && dilations.size() == weights.size() &&
+                        (features.size() == 1 || features.size() == weights.size()),
+      check.op, ": got ", features.size(), " features, ", weights.size(), " weights, ", dilations.size(),
+      " dilations; expected one of each per branch, or one feature map for all");
+  const at::Tensor& first = features[0];
+  check.served("features", first);
+  const at::ScalarType dtype = first.scalar_type();
+  check.rank("features", first, 4);
+  batch = first.size(0);
+  height = first.size(2);
+  width = first.size(3);
+  for (size_t branch = 0; branch < weights.size(); ++branch) {
+    const at::Tensor &x = features[features.size() == 1 ? 0 : branch], &weight = weights[branch];
+    check.rank("features", x, 4);
+    check.same("features", x, {batch, x.size(1), height, width}, dtype);
+    check.rank("weights", weight, 4);
+    check.same("weights", weight, {weight.size(0), x.size(1), 3, 3}, dtype);
+    TORCH_CHECK_VALUE(x.size(1) > 0 && height > 0 && width > 0 && weight.size(0) > 0, check.op,
+        ": features has shape ", x.sizes(), ", weights ", weight.sizes(),
+        "; expected nothing empty but the batch");
+    TORCH_CHECK_VALUE(dilations[branch] >= 1 && dilations[branch] <= kLargestDilation, check.op,
+        ": dilations has ", dilations[branch], "; expected 1 to 2^30");
+    channels += weight.size(0);
+  }
+  if (scale.has_value()) check.same("scale", *scale, {channels}, dtype);
+  outputs = channels;
+  if (!projection_weight.has_value()) return;
+  check.rank("projection_weight", *projection_weight, 2);
+  outputs = projection_weight->size(0);
+  check.same("projection_weight", *projection_weight, {outputs, channels}, dtype);
+  TORCH_CHECK_VALUE(outputs > 0, check.op, ": projection_weight has shape ", projection_weight->sizes());
 }
 
 namespace {
@@ -81,11 +123,11 @@ struct Prepared {
     }
     if (call.projection_weight.has_value()) {
       const at::Tensor weight = call.projection_weight->contiguous();
-      projection = pack<Io, Tile>(weight, static_cast<const Io*>(weight.const_data_ptr()),
-          {channels, weight.size(0), 1, channels, 1, 1, false});
+      projection = pack<Io, Tile>(
+          weight, weight.const_data_ptr<Io>(), {channels, weight.size(0), 1, channels, 1, 1, false});
     }
   }
-  const Map<const Tile>& map(size_t branch) const { return maps[maps.size() == 1 ? 0 : first + branch]; }
+  const AsppMap<const Tile>& map(size_t branch) const { return maps[maps.size() == 1 ? 0 : first + branch]; }
 };
 
 // Task: one patch and one tile of one branch's outputs, or with a projection a patch with all of its branches.
@@ -172,14 +214,14 @@ class Forward {
     }
   }
 
-  static Io* row_of(const Map<Io>& map, const Patch& patch, int64_t y, int64_t channel) {
+  static Io* row_of(const AsppMap<Io>& map, const Patch& patch, int64_t y, int64_t channel) {
     return map.data == nullptr ? nullptr : map.at(patch.batch, patch.top + y, patch.left) + channel;
   }
 
   const Call& call_;
   const Prepared<Io, Tile>& prepared_;
   const Patches& patches_;
-  const Map<Io> out_, kept_;
+  const AsppMap<Io> out_, kept_;
   const AsppKernels<Io, Tile>& simd_;
   Scratch scratch_;
   float* sums_ = nullptr;
@@ -205,21 +247,32 @@ std::tuple<at::Tensor, at::Tensor> dilated_aspp_forward(const std::vector<at::Te
     const std::vector<at::Tensor>& weights, const OptionalTensor& bias, at::IntArrayRef dilations,
     const OptionalTensor& scale, const OptionalTensor& shift, std::string_view activation,
     const OptionalTensor& projection_weight, const OptionalTensor& projection_bias, bool keep) {
+  const AsppShape shape(features, weights, dilations, scale, projection_weight);
   const at::Tensor& x = features[0];
-  int64_t channels = 0;
-  for (const at::Tensor& weight : weights) channels += weight.size(0);
+  const int64_t channels = shape.channels, outputs = shape.outputs;
+  const Check check{"dilated_aspp"};
+  if (bias.has_value()) check.same("bias", *bias, {channels}, x.scalar_type());
+  TORCH_CHECK_VALUE(scale.has_value() == shift.has_value(), check.op,
+      ": one of scale and shift is None; expected both or neither");
+  if (shift.has_value()) check.same("shift", *shift, {channels}, x.scalar_type());
+  TORCH_CHECK_VALUE(projection_weight.has_value() || !projection_bias.has_value(), check.op,
+      ": projection_bias without projection_weight");
+  if (projection_bias.has_value()) check.same("projection_bias", *projection_bias, {outputs}, x.scalar_type());
   const auto floats = x.options().dtype(at::kFloat);
   at::Tensor gain, offset = bias.has_value() ? bias->to(at::kFloat) : at::zeros({channels}, floats);
   if (scale.has_value()) {
     gain = padded_floats(*scale);
     offset = at::addcmul(shift->to(at::kFloat), offset, scale->to(at::kFloat));
   }
-  const int64_t outputs = projection_weight.has_value() ? projection_weight->size(0) : channels;
+  // Channels-last, and not a permuted view: autograd would refuse to change that in place.
+  const int64_t height = x.size(2), width = x.size(3);
+  const at::Tensor out = at::empty_strided({x.size(0), outputs, height, width},
+      {height * width * outputs, 1, width * outputs, outputs}, x.options());
   Call call{features, weights, dilations.vec(), gain, padded_floats(offset), activation_named(activation),
       projection_weight,
       padded_floats(projection_bias.has_value() ? *projection_bias : at::zeros({outputs}, floats)),
-      at::empty({x.size(0), x.size(2), x.size(3), outputs}, x.options()), at::Tensor()};
-  if (keep) call.kept = at::empty({x.size(0), x.size(2), x.size(3), channels}, x.options());
+      out.permute({0, 2, 3, 1}), at::Tensor()};
+  if (keep) call.kept = at::empty({x.size(0), height, width, channels}, x.options());
   if (x.numel() > 0) {
     if (x.scalar_type() == at::kFloat) {
       forward<float, float>(call);
@@ -229,7 +282,7 @@ std::tuple<at::Tensor, at::Tensor> dilated_aspp_forward(const std::vector<at::Te
       forward<at::BFloat16, float>(call);
     }
   }
-  return {call.out.permute({0, 3, 1, 2}), keep ? call.kept : at::empty({0}, x.options())};
+  return {out, keep ? call.kept : at::empty({0}, x.options())};
 }
 
 } // namespace

@@ -14,6 +14,7 @@
 #include <optional>
 #include <vector>
 
+#include "check.h"
 #include "work.h"
 
 namespace rskernels {
@@ -30,6 +31,18 @@ constexpr std::array<int64_t, kTaps> kTapOrder = {4, 0, 1, 2, 3, 5, 6, 7, 8};
 enum class Activation : int { none, gelu, gelu_tanh, relu };
 
 Activation activation_named(std::string_view name);
+
+// What forward and backward are given alike, checked: what follows trusts it. One feature map serves all branches, or
+// there is one per branch.
+struct AsppShape {
+  int64_t batch, height, width;
+  int64_t channels = 0; // of the concatenation
+  int64_t outputs;      // of the projection, or of the concatenation where there is none
+
+  AsppShape(const std::vector<at::Tensor>& features, const std::vector<at::Tensor>& weights,
+      at::IntArrayRef dilations, const std::optional<at::Tensor>& scale,
+      const std::optional<at::Tensor>& projection_weight);
+};
 
 // Vector passes, chosen by instruction set (dilated_aspp_simd.h).
 template <typename Io, typename Tile>
@@ -67,7 +80,7 @@ struct Finish {
 
 // A (B, h, w, C) map whose channels are neighbours.
 template <typename T>
-struct Map {
+struct AsppMap {
   T* data = nullptr;
   int64_t batch_stride = 0, row_stride = 0, pixel_stride = 0;
 
@@ -78,13 +91,13 @@ struct Map {
 
 // A dense (B, h, w, C) tensor, or none.
 template <typename T>
-Map<T> dense_map(const at::Tensor& t) {
+AsppMap<T> dense_map(const at::Tensor& t) {
   if (!t.defined()) return {};
-  return {static_cast<T*>(t.data_ptr()), t.stride(0), t.stride(1), t.stride(2)};
+  return {data_of<T>(t), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 template <typename T>
-struct OwnedMap : Map<T> {
+struct OwnedMap : AsppMap<T> {
   at::Tensor owner;
 };
 
@@ -103,7 +116,7 @@ OwnedMap<const Tile> operand_map(const at::Tensor& x) {
   OwnedMap<const Tile> map;
   if (std::is_same_v<Io, Tile> && dense && row == channels) {
     map.owner = x;
-    map.data = static_cast<const Tile*>(x.const_data_ptr());
+    map.data = x.const_data_ptr<Tile>();
     map.batch_stride = x.stride(0);
     map.row_stride = x.stride(2);
     map.pixel_stride = width == 1 ? channels : x.stride(3);
@@ -114,9 +127,9 @@ OwnedMap<const Tile> operand_map(const at::Tensor& x) {
   map.batch_stride = height * width * row;
   map.row_stride = width * row;
   map.pixel_stride = row;
-  Tile* to = static_cast<Tile*>(map.owner.data_ptr());
+  Tile* to = data_of<Tile>(map.owner);
   map.data = to;
-  const Io* values = static_cast<const Io*>(from.const_data_ptr());
+  const Io* values = from.const_data_ptr<Io>();
   const auto& simd = aspp_kernels<Io, Tile>();
   at::parallel_for(0, batch * height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -159,7 +172,7 @@ PackedTaps<Tile> pack(const at::Tensor& like, const Io* from, const TapSource& s
   packed.outputs = Tiling(source.outputs, kOutputTile);
   const int64_t groups = round_up(source.outputs, kVector) / kVector;
   packed.owner = at::empty({source.taps * packed.inputs * groups * kVector}, options_of<Tile>(like));
-  packed.data = static_cast<Tile*>(packed.owner.data_ptr());
+  packed.data = data_of<Tile>(packed.owner);
   const Io* end = from + source.inputs * source.outputs * source.taps;
   const auto& simd = aspp_kernels<Io, Tile>();
   constexpr int64_t kPair = std::is_same_v<Tile, float> ? 1 : 2;
@@ -183,7 +196,7 @@ PackedTaps<Tile> pack_convolution(const at::Tensor& weight_, bool transposed) {
   const at::Tensor weight = last ? weight_ : weight_.contiguous();
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   const int64_t row = kTaps * inputs, channel = last ? 1 : kTaps, tap = last ? inputs : 1;
-  const Io* from = static_cast<const Io*>(weight.const_data_ptr());
+  const Io* from = weight.const_data_ptr<Io>();
   if (transposed) return pack<Io, Tile>(weight, from, {outputs, inputs, row, channel, tap, kTaps, true});
   return pack<Io, Tile>(weight, from, {inputs, outputs, channel, row, tap, kTaps, false});
 }
@@ -227,7 +240,7 @@ inline Patches patches_for(int64_t batch, int64_t height, int64_t width, int64_t
 
 // Adds (or, with `start`, writes) one 3x3 convolution of a map to the sums of a patch and a tile of outputs.
 template <typename Tile>
-void add_taps(const Map<const Tile>& map, const PackedTaps<Tile>& weights, int64_t tile, int64_t dilation,
+void add_taps(const AsppMap<const Tile>& map, const PackedTaps<Tile>& weights, int64_t tile, int64_t dilation,
     int64_t height, int64_t width, const Patch& patch, float* sums, bool start) {
   const int64_t columns = weights.columns(tile);
   const Tiling inputs(weights.inputs, kInputTile);

@@ -42,7 +42,7 @@ struct Geometry {
 // The gradient of one feature map: (B, h, w, C), from the branches that read it.
 template <typename Io, typename Tile>
 struct InputGradient {
-  std::vector<const Map<const Tile>*> grads;
+  std::vector<const AsppMap<const Tile>*> grads;
   std::vector<PackedTaps<Tile>> weights;
   std::vector<int64_t> dilations;
   Tensor out;
@@ -70,7 +70,7 @@ class InputGradients {
           patches_.width, patch, sums_, branch == 0);
     }
     const int64_t columns = first.columns(tile);
-    const Map<Io> out = dense_map<Io>(map.out);
+    const AsppMap<Io> out = dense_map<Io>(map.out);
     const Finish finish{patch.columns, first.outputs.length(tile), columns, out.pixel_stride, 0, nullptr,
         zeros_, Activation::none};
     for (int64_t y = 0; y < patch.rows; ++y) {
@@ -91,7 +91,7 @@ class InputGradients {
 // The gradient of one branch's weights, (9, O, C) in fp32.
 template <typename Tile>
 struct WeightGradient {
-  const Map<const Tile>*grad, *input;
+  const AsppMap<const Tile>*grad, *input;
   int64_t dilation;
   Tiling outputs, inputs;
   Tensor sums;
@@ -240,7 +240,7 @@ void weight_gradients(const std::vector<OwnedMap<const Tile>>& grads, const std:
     const int64_t outputs = branches[i].outputs.total, channels = branches[i].inputs.total;
     const Tensor result = at::empty({outputs, channels, 3, 3}, options_of<Io>(weights[branch_of[i]]));
     const float* sums = branches[i].sums.template const_data_ptr<float>();
-    Io* to = static_cast<Io*>(result.data_ptr());
+    Io* to = data_of<Io>(result);
     at::parallel_for(0, outputs, 1, [&](int64_t begin, int64_t end) {
       for (int64_t o = begin; o < end; ++o) {
         simd.interleave_taps(sums + o * channels, outputs * channels, channels, to + o * channels * kTaps);
@@ -269,8 +269,9 @@ void convolution_gradients(const Tensor& dconv, const std::vector<Tensor>& featu
   }
 }
 
-// A dense (..., C) tensor as a channels-last image of one row.
-Tensor as_image(const Tensor& rows) {
+// A (..., C) tensor as a channels-last image of one row.
+Tensor as_image(const Tensor& tensor) {
+  const Tensor rows = tensor.contiguous();
   const int64_t channels = rows.size(-1), pixels = rows.numel() / channels;
   return rows.as_strided({1, channels, pixels, 1}, {pixels * channels, 1, channels, channels});
 }
@@ -301,15 +302,24 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> dil
     at::IntArrayRef dilations, std::string_view activation_name, const c10::List<bool>& mask) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+  const AsppShape shape(features, weights, dilations, scale, projection_weight);
+  const int64_t channels = shape.channels;
+  const Check check{"dilated_aspp"};
+  TORCH_CHECK_VALUE(mask.size() == features.size() + weights.size() + 3, check.op, ": mask has ", mask.size(),
+      " values; expected one per feature map and weight, and 3");
   const Wanted wanted(mask, features.size(), weights.size());
   const Activation activation = activation_named(activation_name);
+  check.same("grad", grad, {shape.batch, shape.outputs, shape.height, shape.width}, features[0].scalar_type());
+  TORCH_CHECK_VALUE(projection_weight.has_value() || !(wanted.projection_weight || wanted.projection_bias),
+      check.op, ": mask asks for the gradient of a projection that is None");
+  if (wanted.projection_weight || (wanted.convolution() && activation != Activation::none)) {
+    check.same("kept", kept, {shape.batch, shape.height, shape.width, channels}, grad.scalar_type());
+  }
   const auto nothing = [&] { return at::empty({0}, grad.options()); }; // outputs must not share memory
   Gradients results;
   for (size_t i = 0; i < features.size(); ++i) results.features.push_back(nothing());
   for (size_t i = 0; i < weights.size(); ++i) results.weights.push_back(nothing());
   Tensor bias = nothing(), projection = nothing(), projection_bias = nothing();
-  int64_t channels = 0;
-  for (const Tensor& weight : weights) channels += weight.size(0);
   if (grad.numel() == 0) {
     for (size_t i = 0; i < features.size(); ++i) {
       if (wanted.features[i]) results.features[i] = at::zeros_like(features[i], at::MemoryFormat::ChannelsLast);

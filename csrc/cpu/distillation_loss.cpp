@@ -16,6 +16,7 @@
 #include <tuple>
 #include <vector>
 
+#include "check.h"
 #include "work.h"
 
 #define RSK_SIMD_FILE "distillation_loss_simd.h"
@@ -25,9 +26,31 @@ namespace rskernels {
 
 using at::Tensor;
 
+void check_distillation(const Tensor& student, const Tensor& teacher, std::string_view axis,
+    std::string_view direction, double temperature, std::string_view reduction) {
+  const Check check{"distillation_loss"};
+  check.served("student", student);
+  check.served("teacher", teacher);
+  check.rank("student", student, 4);
+  check.shape("teacher", teacher, student.sizes());
+  TORCH_CHECK_VALUE(
+      student.numel() > 0, check.op, ": student has shape ", student.sizes(), "; expected no empty dimension");
+  TORCH_CHECK_VALUE(axis == "channel" || axis == "width", check.op, ": axis is ", axis);
+  TORCH_CHECK_VALUE(direction == "student||teacher" || direction == "teacher||student", check.op,
+      ": direction is ", direction);
+  TORCH_CHECK_VALUE(reduction == "mean" || reduction == "batchmean", check.op, ": reduction is ", reduction);
+  TORCH_CHECK_VALUE(temperature > 0, check.op, ": temperature is ", temperature, "; expected > 0");
+}
+
 // ---------------------------------------------------------------- maps
 
 namespace {
+
+// The vector passes know a map's dtype; here it is bytes.
+char* bytes_of(const Tensor& map) {
+  if (map.scalar_type() == at::kBFloat16) return reinterpret_cast<char*>(map.data_ptr<at::BFloat16>());
+  return reinterpret_cast<char*>(map.data_ptr<float>());
+}
 
 // The strides of a map; those that its size makes meaningless as in a contiguous one.
 std::array<int64_t, 4> strides_of(const Tensor& map) {
@@ -73,10 +96,10 @@ struct Shape {
 
   int64_t distributions() const { return batch * height * (channel ? width : channels); }
 
-  Map map(const Tensor& tensor) const {
+  DistillationMap map(const Tensor& tensor) const {
     const auto [b, c, y, x] = strides_of(tensor);
-    Map map;
-    map.data = static_cast<char*>(tensor.data_ptr());
+    DistillationMap map;
+    map.data = bytes_of(tensor);
     map.extent = (batch - 1) * b + (channels - 1) * c + (height - 1) * y + (width - 1) * x + 1;
     map.outer1 = even_rows ? 0 : b;
     map.outer2 = channel || even_rows ? 0 : y;
@@ -92,7 +115,7 @@ struct Shape {
     call.steps = channel ? channels : width;
     call.lanes = channel ? height * width : even_rows ? batch * channels * height : channels;
     // Statistics lie as (B, h, w) or (B, C, h), whatever the maps' layout.
-    call.stats = stats.defined() ? static_cast<float*>(stats.data_ptr()) : nullptr;
+    call.stats = stats.defined() ? stats.data_ptr<float>() : nullptr;
     call.stat_row = distributions();
     call.stat_outer1 = distributions() / batch;
     call.stat_outer2 = 1;
@@ -186,6 +209,7 @@ DistillationSums sum_tiles(const DistillationCall& call, TilePass pass, int64_t 
 
 std::tuple<Tensor, Tensor, Tensor> distillation_loss_forward(const Tensor& student_, const Tensor& teacher_,
     std::string_view axis, std::string_view direction, double temperature, std::string_view reduction) {
+  check_distillation(student_, teacher_, axis, direction, temperature, reduction);
   const bool channel = axis == "channel";
   const Tensor student = distillation_readable(student_, channel),
                teacher = distillation_readable(teacher_, channel);

@@ -23,7 +23,7 @@ constexpr int64_t kStepsAtOnce = 2;
 constexpr int64_t kPartialRows = 6; // what is known of a distribution after some of its steps
 
 // One map; strides in elements.
-struct Map {
+struct DistillationMap {
   char* data;
   int64_t outer1, outer2, step, lane;
   int64_t extent; // elements from the first to the last, gaps included: what may be read
@@ -43,7 +43,7 @@ struct Exponent {
 };
 
 struct DistillationCall {
-  Map student, teacher, grad;
+  DistillationMap student, teacher, grad;
   int64_t outer1, outer2, steps, lanes;
   Divergence divergence;
   bool along, in_place; // all maps are read along the steps, or across the lanes; else through buffers
@@ -94,6 +94,10 @@ inline at::Tensor distillation_readable(const at::Tensor& map, bool channel) {
 // The call of maps that are readable; `grad` and `stats` may be undefined.
 DistillationCall describe_distillation(const at::Tensor& student, const at::Tensor& teacher,
     const at::Tensor& grad, const at::Tensor& stats, bool channel, Divergence divergence, double temperature);
+
+// Do the maps and options fit?
+void check_distillation(const at::Tensor& student, const at::Tensor& teacher, std::string_view axis,
+    std::string_view direction, double temperature, std::string_view reduction);
 
 inline Divergence distillation_divergence(std::string_view direction) {
   return direction == "student||teacher" ? Divergence::student_teacher : Divergence::teacher_student;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "check.h"
 #include "distillation_loss.h"
 #include "work.h"
 
@@ -38,9 +39,19 @@ struct Backward {
 };
 
 Tensor distillation_loss_backward(const std::optional<Tensor>& grad_kl, const std::optional<Tensor>& grad_mse,
-    const Tensor& student_, const Tensor& teacher_, const Tensor& stats, std::string_view axis,
+    const Tensor& student_, const Tensor& teacher_, const Tensor& stats_, std::string_view axis,
     std::string_view direction, double temperature, std::string_view reduction) {
+  check_distillation(student_, teacher_, axis, direction, temperature, reduction);
   const bool channel = axis == "channel";
+  const Check check{"distillation_loss"};
+  for (const auto& [name, grad] : {std::pair{"grad_kl", &grad_kl}, std::pair{"grad_mse", &grad_mse}}) {
+    if (!grad->has_value()) continue;
+    check.floating(name, **grad);
+    check.shape(name, **grad, {});
+  }
+  const int64_t distributions = student_.numel() / student_.size(channel ? 1 : 3);
+  check.same("stats", stats_, {direction == "student||teacher" ? 3 : 4, distributions}, at::kFloat);
+  const Tensor stats = stats_.contiguous();
   const Tensor student = distillation_readable(student_, channel),
                teacher = distillation_readable(teacher_, channel);
   const Divergence divergence = grad_kl.has_value() ? distillation_divergence(direction) : Divergence::none;
@@ -49,7 +60,7 @@ Tensor distillation_loss_backward(const std::optional<Tensor>& grad_kl, const st
                           ? result
                           : at::empty_like(student, at::MemoryFormat::Contiguous);
   DistillationCall call =
-      describe_distillation(student, teacher, grad, stats.contiguous(), channel, divergence, temperature);
+      describe_distillation(student, teacher, grad, stats, channel, divergence, temperature);
   if (grad_kl.has_value()) {
     const double scale = divergence == Divergence::student_teacher ? 1.0 : temperature;
     call.kl_factor =

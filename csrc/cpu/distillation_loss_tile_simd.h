@@ -65,7 +65,7 @@ struct Tile {
     const int64_t end = call.in_place && first_lane < whole ? whole : call.lanes;
     lanes = end - first_lane < call.tile_lanes ? end - first_lane : call.tile_lanes;
   }
-  int64_t offset(const Map& map) const {
+  int64_t offset(const DistillationMap& map) const {
     return outer1 * map.outer1 + outer2 * map.outer2 + first_lane * map.lane;
   }
   int64_t vectors() const { return (lanes + kLanes - 1) / kLanes; }
@@ -74,7 +74,7 @@ struct Tile {
 
 // Steps begin ... begin + steps of a tile as rows of kTileLanes values; lanes that are missing become zeros.
 template <typename Io>
-inline void move_in(const Map& map, const Tile& tile, int64_t begin, int64_t steps, float* to) {
+inline void move_in(const DistillationMap& map, const Tile& tile, int64_t begin, int64_t steps, float* to) {
   const Io* data = reinterpret_cast<const Io*>(map.data);
   const Io* from = data + tile.offset(map) + begin * map.step;
   const int64_t width = tile.vectors() * kLanes;
@@ -103,7 +103,8 @@ inline void move_in(const Map& map, const Tile& tile, int64_t begin, int64_t ste
 }
 
 template <typename Io>
-inline void move_out(const Map& map, const Tile& tile, int64_t begin, int64_t steps, const float* from) {
+inline void move_out(
+    const DistillationMap& map, const Tile& tile, int64_t begin, int64_t steps, const float* from) {
   Io* to = reinterpret_cast<Io*>(map.data) + tile.offset(map) + begin * map.step;
   if (map.across) {
     for (int64_t i = 0; i < steps; ++i) copy_row(from + i * kTileLanes, to + i * map.step, tile.lanes);

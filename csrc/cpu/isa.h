@@ -49,13 +49,17 @@ inline Isa isa_named(const std::string& name) {
   for (int level = 0; level < 4; ++level) {
     if (name == isa_name(static_cast<Isa>(level))) return checked_isa(level);
   }
-  TORCH_CHECK_VALUE(false, "instruction set is '", name, "', expected baseline, avx2, avx512 or avx512_bf16");
+  TORCH_CHECK_VALUE(
+      false, "instruction set is '", name, "' (RSKERNELS_ISA), expected baseline, avx2, avx512 or avx512_bf16");
 }
 
 // RSKERNELS_ISA=baseline|avx2|avx512|avx512_bf16 lowers the level, for tests and for bug reports.
 inline Isa initial_isa() {
   const char* forced = std::getenv("RSKERNELS_ISA");
-  return forced == nullptr || *forced == '\0' ? isa_supported() : isa_named(forced);
+  if (forced == nullptr || *forced == '\0') return isa_supported();
+  std::string name(forced);
+  for (char& letter : name) letter = letter >= 'A' && letter <= 'Z' ? letter - 'A' + 'a' : letter;
+  return isa_named(name);
 }
 
 inline std::atomic<Isa>& isa_in_use() {

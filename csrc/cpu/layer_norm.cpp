@@ -12,6 +12,8 @@
 #include <cmath>
 #include <tuple>
 
+#include "check.h"
+
 namespace rskernels {
 namespace {
 
@@ -49,11 +51,26 @@ void for_types(at::ScalarType x, at::ScalarType y, const Work& work) {
   work(float(), float());
 }
 
+// The number of channels, of arguments that fit.
+int64_t checked_dim(const Check& check, const Tensor& x, const Tensor& weight) {
+  check.served("x", x);
+  check.floating("weight", weight);
+  check.rank("weight", weight, 1);
+  TORCH_CHECK_VALUE(weight.size(0) > 0, check.op, ": weight has shape ", weight.sizes(), "; expected (D,)");
+  check.rows("x", x, weight.size(0));
+  return weight.size(0);
+}
+
 std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(
     const Tensor& x_, const Tensor& weight_, const Tensor& bias_, double eps, at::ScalarType dtype) {
+  const Check check{"layer_norm"};
+  const int64_t dim = checked_dim(check, x_, weight_);
+  check.shape("bias", bias_, {dim});
+  check.floating("bias", bias_);
+  check.served("dtype", dtype);
   const Tensor x = x_.contiguous();
   const Tensor weight = weight_.to(at::kFloat).contiguous(), bias = bias_.to(at::kFloat).contiguous();
-  const int64_t dim = x.size(-1), rows = x.numel() / dim;
+  const int64_t rows = x.numel() / dim;
   const auto row_sizes = x.sizes().slice(0, x.dim() - 1);
   const Tensor y = at::empty(x.sizes(), x.options().dtype(dtype));
   const Tensor means = at::empty(row_sizes, x.options().dtype(at::kFloat)), rstds = at::empty_like(means);
@@ -71,9 +88,17 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_, const Tensor& x_,
-    const Tensor& weight_, const Tensor& means, const Tensor& rstds, std::array<bool, 3> mask) {
+    const Tensor& weight_, const Tensor& means_, const Tensor& rstds_, std::array<bool, 3> mask) {
+  const Check check{"layer_norm"};
+  const int64_t dim = checked_dim(check, x_, weight_);
+  const auto row_sizes = x_.sizes().slice(0, x_.dim() - 1);
+  check.shape("grad", grad_, x_.sizes());
+  check.served("grad", grad_);
+  check.same("mean", means_, row_sizes, at::kFloat);
+  check.same("rstd", rstds_, row_sizes, at::kFloat);
   const Tensor grad = grad_.contiguous(), x = x_.contiguous(), weight = weight_.to(at::kFloat).contiguous();
-  const int64_t dim = x.size(-1), rows = x.numel() / dim;
+  const Tensor means = means_.contiguous(), rstds = rstds_.contiguous();
+  const int64_t rows = x.numel() / dim;
   const auto nothing = [&]() { return at::empty({0}, x.options()); }; // outputs must not share memory
   const Tensor dx = mask[0] ? at::empty(x.sizes(), x.options()) : nothing();
   const bool sums = mask[1] || mask[2];

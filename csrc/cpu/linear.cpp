@@ -26,8 +26,10 @@
 #include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/accumulate.h>
 #include <torch/library.h>
 
+#include "check.h"
 #include "linear.h"
 
 namespace rskernels {
@@ -79,8 +81,9 @@ bool has_bf16_product() {
 }
 
 bool use_onednn(Pass pass, const Tensor& operand, int64_t rows, int64_t in, int64_t out) {
-  if (!at::globalContext().userEnabledMkldnn() || !pointwise().has_value()) return false;
+  if (in == 0 || !at::globalContext().userEnabledMkldnn() || !pointwise().has_value()) return false;
   const bool bf16 = operand.scalar_type() == at::kBFloat16;
+  if (!bf16 && operand.scalar_type() != at::kFloat) return false;
   const int index = table_index(bf16, pass, shape_class(rows, in, out));
   const Product product = product_table()[index].load(std::memory_order_relaxed);
   return product == Product::onednn && (!bf16 || has_bf16_product());
@@ -88,7 +91,8 @@ bool use_onednn(Pass pass, const Tensor& operand, int64_t rows, int64_t in, int6
 
 // Rows of the last dimension, densely packed.
 Tensor as_rows(const Tensor& tensor) {
-  return tensor.reshape({-1, tensor.size(-1)}).contiguous();
+  const int64_t rows = c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
+  return tensor.reshape({rows, tensor.size(-1)}).contiguous();
 }
 
 Tensor activate(const Tensor& pre, std::string_view activation) {
@@ -110,10 +114,24 @@ Tensor through_activation(const Tensor& grad, const Tensor& saved, std::string_v
   return activation == "relu" ? at::threshold_backward(grad, saved, 0) : grad;
 }
 
+constexpr Check kCheck{"linear"};
+
+void check_operands(const Tensor& x, const Tensor& weight, std::string_view activation) {
+  kCheck.floating("x", x);
+  kCheck.rank("weight", weight, 2);
+  kCheck.dtype("weight", weight, x.scalar_type());
+  kCheck.rows("x", x, weight.size(1));
+  TORCH_CHECK_VALUE(
+      activation == "none" || activation == "gelu" || activation == "gelu_tanh" || activation == "relu",
+      kCheck.op, ": activation is ", activation, "; expected none, gelu, gelu_tanh or relu");
+}
+
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
     std::string_view activation, bool keep_pre) {
   const PlainDispatch guard;
+  check_operands(x, weight, activation);
   const int64_t in = weight.size(1), out = weight.size(0), rows = in > 0 ? x.numel() / in : 0;
+  if (bias.has_value()) kCheck.same("bias", *bias, {out}, x.scalar_type());
   auto sizes = x.sizes().vec();
   sizes.back() = out;
   const Tensor nothing = at::empty({0}, x.options());
@@ -157,11 +175,15 @@ Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const Tensor& x,
     const Tensor& weight, const Tensor& saved, std::string_view activation, std::array<bool, 3> mask) {
   const PlainDispatch guard;
+  check_operands(x, weight, activation);
   const int64_t in = weight.size(1), out = weight.size(0);
+  kCheck.rows_like("grad", grad_output, x, out);
+  kCheck.dtype("grad", grad_output, x.scalar_type());
+  if (activation != "none") kCheck.same("saved", saved, grad_output.sizes(), x.scalar_type());
   auto sizes = grad_output.sizes().vec();
   sizes.back() = in;
   Tensor dx = at::empty({0}, grad_output.options()), dw = at::empty_like(dx), db = at::empty_like(dx);
-  if (grad_output.numel() == 0 || in == 0) {
+  if (grad_output.numel() == 0) {
     if (mask[0]) dx = at::zeros(sizes, grad_output.options());
     if (mask[1]) dw = at::zeros({out, in}, grad_output.options());
     if (mask[2]) db = at::zeros({out}, grad_output.options());

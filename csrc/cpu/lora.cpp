@@ -29,14 +29,34 @@ template const LoraKernels<float, float>& lora_kernels();
 template const LoraKernels<at::BFloat16, float>& lora_kernels();
 template const LoraKernels<at::BFloat16, at::BFloat16>& lora_kernels();
 
-LoraLayout::LoraLayout(
-    const at::Tensor& x, const at::Tensor& weight, at::TensorList b, at::IntArrayRef first_columns)
-    : rows(weight.size(1) > 0 ? x.numel() / weight.size(1) : 0), in(weight.size(1)), out(weight.size(0)) {
+LoraLayout::LoraLayout(const at::Tensor& x, const at::Tensor& weight, at::TensorList a, at::TensorList b,
+    at::IntArrayRef first_columns) {
+  const Check check{"lora"};
+  check.served("x", x);
+  check.rank("weight", weight, 2);
+  check.dtype("weight", weight, x.scalar_type());
+  out = weight.size(0);
+  in = weight.size(1);
+  check.rows("x", x, in);
+  rows = in > 0 ? x.numel() / in : 0;
+  TORCH_CHECK_VALUE(a.size() == b.size() && b.size() == first_columns.size(), check.op, ": ", a.size(),
+      " of a, ", b.size(), " of b, ", first_columns.size(), " columns; expected one of each per update");
+  int64_t free_column = 0;
   for (size_t p = 0; p < b.size(); ++p) {
-    parts.push_back({first_columns[p], b[p].size(0), b[p].size(1), ranks, padded});
-    ranks += parts[p].rank;
-    padded += parts[p].padded();
-    columns += parts[p].size;
+    check.rank("b", b[p], 2);
+    check.dtype("b", b[p], x.scalar_type());
+    const LoraPart part{first_columns[p], b[p].size(0), b[p].size(1), ranks, padded};
+    TORCH_CHECK_VALUE(
+        part.rank > 0, check.op, ": b has shape ", b[p].sizes(), "; expected a rank of at least 1");
+    check.same("a", a[p], {part.rank, in}, x.scalar_type());
+    TORCH_CHECK_VALUE(part.column >= free_column && part.column <= out - part.size, check.op, ": columns ",
+        first_columns, " with b of shape ", b[p].sizes(), "; expected updates in order, inside the ", out,
+        " outputs");
+    free_column = part.column + part.size;
+    ranks += part.rank;
+    padded += part.padded();
+    columns += part.size;
+    parts.push_back(part);
   }
 }
 
@@ -144,7 +164,7 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x, const Tensor& weight,
     const std::optional<Tensor>& bias, at::TensorList a, at::TensorList b, at::IntArrayRef first_columns,
     double scale_, bool keep_xa) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const LoraLayout layout(x, weight, b, first_columns);
+  const LoraLayout layout(x, weight, a, b, first_columns); // bias: linear_forward checks it
   const float scale = static_cast<float>(scale_);
   auto sizes = x.sizes().vec();
   sizes.back() = layout.ranks;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "check.h"
 #include "work.h"
 
 namespace rskernels {
@@ -40,12 +41,13 @@ struct LoraPart {
   int64_t padded() const { return round_up(rank, kRankPadding); }
 };
 
-// The shape of a call, from the tensors.
+// The shape of a call, checked: what follows trusts it.
 struct LoraLayout {
   int64_t rows, in, out, ranks = 0, padded = 0, columns = 0;
   std::vector<LoraPart> parts;
 
-  LoraLayout(const at::Tensor& x, const at::Tensor& weight, at::TensorList b, at::IntArrayRef first_columns);
+  LoraLayout(const at::Tensor& x, const at::Tensor& weight, at::TensorList a, at::TensorList b,
+      at::IntArrayRef first_columns);
 
   // Row groups that one thread should take at least: a parallel region costs some microseconds.
   int64_t grain() const;
@@ -58,8 +60,8 @@ struct Rows {
 
   Rows(const at::Tensor& t, int64_t rows);
   template <typename Io>
-  Io* data() const {
-    return static_cast<Io*>(tensor.data_ptr());
+  const Io* data() const {
+    return tensor.const_data_ptr<Io>();
   }
 };
 
@@ -123,7 +125,6 @@ Factors<T> transpose_b(const LoraPart& part, const at::Tensor& b, typename Facto
 template <typename Serve>
 void with_lora_types(at::ScalarType dtype, const Serve& serve) {
   if (dtype == at::kFloat) return serve(float(), float());
-  TORCH_CHECK_TYPE(dtype == at::kBFloat16, "lora: expected float32 or bfloat16, got ", dtype);
   if (isa_level() == Isa::avx512_bf16) return serve(at::BFloat16(), at::BFloat16());
   serve(at::BFloat16(), float());
 }

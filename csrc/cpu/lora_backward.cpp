@@ -182,7 +182,14 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_backward(const
     const Tensor& weight, at::TensorList a, at::TensorList b, const Tensor& xa, at::IntArrayRef first_columns,
     double scale_, std::array<bool, 3> mask) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const LoraLayout layout(x, weight, b, first_columns);
+  const LoraLayout layout(x, weight, a, b, first_columns);
+  const Check check{"lora"};
+  check.rows_like("grad", grad, x, layout.out);
+  check.dtype("grad", grad, x.scalar_type());
+  if (mask[2]) {
+    check.rows_like("xa", xa, x, layout.ranks);
+    check.dtype("xa", xa, at::kFloat);
+  }
   const Wanted wanted{mask[0], mask[1], mask[2]};
   const float scale = static_cast<float>(scale_);
   const auto like = [&](const Tensor& t, bool want) {

@@ -29,20 +29,41 @@ template const AttentionKernels<float, float>& attention_kernels();
 template const AttentionKernels<at::BFloat16, float>& attention_kernels();
 template const AttentionKernels<at::BFloat16, at::BFloat16>& attention_kernels();
 
-Layout::Layout(const at::Tensor& qkv, int64_t num_heads, int64_t window_size, double scale_)
-    : batch(qkv.size(0)),
-      height(qkv.size(1)),
-      width(qkv.size(2)),
-      heads(num_heads),
-      dim(qkv.size(3) / 3 / num_heads),
-      embed(qkv.size(3) / 3),
-      window_h(window_size > 0 ? window_size : height),
-      window_w(window_size > 0 ? window_size : width),
-      windows_down((height + window_h - 1) / window_h),
-      windows_across((width + window_w - 1) / window_w),
-      keys(window_h * window_w),
-      row_size(round_up(dim, kVector)),
-      scale(static_cast<float>(scale_)) {}
+Layout::Layout(const at::Tensor& qkv, const OptionalTensor& rel_pos_h, const OptionalTensor& rel_pos_w,
+    const OptionalTensor& pad_qkv, int64_t num_heads, int64_t window_size, double scale_)
+    : heads(num_heads), scale(static_cast<float>(scale_)) {
+  const Check check{"rel_pos_attention"};
+  check.served("qkv", qkv);
+  check.rank("qkv", qkv, 4);
+  batch = qkv.size(0);
+  height = qkv.size(1);
+  width = qkv.size(2);
+  embed = qkv.size(3) / 3;
+  TORCH_CHECK_VALUE(
+      num_heads >= 1 && height > 0 && width > 0 && embed > 0 && qkv.size(3) % 3 == 0 && embed % num_heads == 0,
+      check.op, ": qkv has shape ", qkv.sizes(), " for num_heads ", num_heads);
+  TORCH_CHECK_VALUE(window_size >= 0 && window_size <= kLargestWindow, check.op, ": window_size is ",
+      window_size, "; expected 0 to ", kLargestWindow);
+  dim = embed / num_heads;
+  row_size = round_up(dim, kVector);
+  window_h = window_size > 0 ? window_size : height;
+  window_w = window_size > 0 ? window_size : width;
+  windows_down = (height + window_h - 1) / window_h;
+  windows_across = (width + window_w - 1) / window_w;
+  keys = window_h * window_w;
+  TORCH_CHECK_VALUE(rel_pos_h.has_value() == rel_pos_w.has_value(), check.op,
+      ": one of rel_pos_h and rel_pos_w is None; expected both or neither");
+  if (rel_pos_h.has_value()) {
+    check.shape("rel_pos_h", *rel_pos_h, {2 * window_h - 1, dim});
+    check.shape("rel_pos_w", *rel_pos_w, {2 * window_w - 1, dim});
+    check.floating("rel_pos_h", *rel_pos_h);
+    check.floating("rel_pos_w", *rel_pos_w);
+  }
+  if (pad_qkv.has_value()) {
+    check.shape("pad_qkv", *pad_qkv, {3 * embed});
+    check.floating("pad_qkv", *pad_qkv);
+  }
+}
 
 // Heads are innermost: the heads of a window lie side by side in memory.
 Unit Layout::unit(int64_t index) const {
@@ -58,8 +79,7 @@ Unit Layout::unit(int64_t index) const {
   return unit;
 }
 
-Tables::Tables(const Layout& layout, at::ScalarType dtype, const std::optional<at::Tensor>& h,
-    const std::optional<at::Tensor>& w) {
+Tables::Tables(const Layout& layout, at::ScalarType dtype, const OptionalTensor& h, const OptionalTensor& w) {
   if (!h.has_value()) return;
   entries_h = h->size(0);
   entries = entries_h + w->size(0);
@@ -69,7 +89,7 @@ Tables::Tables(const Layout& layout, at::ScalarType dtype, const std::optional<a
   rows.narrow(0, entries_h, entries - entries_h).copy_(w->flip(0).to(dtype));
 }
 
-at::Tensor padding(const Layout& layout, const at::Tensor& qkv, const std::optional<at::Tensor>& pad_qkv) {
+at::Tensor padding(const Layout& layout, const at::Tensor& qkv, const OptionalTensor& pad_qkv) {
   return pad_qkv.has_value() ? pad_qkv->to(qkv.scalar_type()).contiguous()
                              : at::zeros({3 * layout.embed}, qkv.options());
 }
@@ -182,10 +202,10 @@ void forward(const Layout& layout, const Tables& tables, const at::Tensor& qkv, 
 }
 
 std::tuple<at::Tensor, at::Tensor> rel_pos_attention_forward(const at::Tensor& qkv_,
-    const std::optional<at::Tensor>& rel_pos_h, const std::optional<at::Tensor>& rel_pos_w,
-    const std::optional<at::Tensor>& pad_qkv, int64_t num_heads, int64_t window_size, double scale) {
+    const OptionalTensor& rel_pos_h, const OptionalTensor& rel_pos_w, const OptionalTensor& pad_qkv,
+    int64_t num_heads, int64_t window_size, double scale) {
+  const Layout layout(qkv_, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window_size, scale);
   const at::Tensor qkv = qkv_.stride(3) == 1 ? qkv_ : qkv_.contiguous();
-  const Layout layout(qkv, num_heads, window_size, scale);
   const Tables tables(layout, qkv.scalar_type(), rel_pos_h, rel_pos_w);
   const at::Tensor pad = padding(layout, qkv, pad_qkv);
   at::Tensor out = at::empty({layout.batch, layout.height, layout.width, layout.embed}, qkv.options());

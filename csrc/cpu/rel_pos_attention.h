@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "check.h"
 #include "work.h"
 
 namespace rskernels {
@@ -69,7 +70,12 @@ struct Unit {
   int64_t queries() const { return rows * columns; }
 };
 
-// The shape of a call, from the tensors.
+// Larger windows hold more pairs of tokens than a processor gets through; their keys could not be counted.
+constexpr int64_t kLargestWindow = 4096; // LARGEST_WINDOW in rskernels/ops/rel_pos_attention.py
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The shape of a call, checked: what follows trusts it.
 struct Layout {
   int64_t batch, height, width, heads, dim, embed;
   int64_t window_h, window_w, windows_down, windows_across;
@@ -77,7 +83,8 @@ struct Layout {
   int64_t row_size; // of a packed token: dim, rounded up to whole vectors
   float scale;
 
-  Layout(const at::Tensor& qkv, int64_t num_heads, int64_t window_size, double scale);
+  Layout(const at::Tensor& qkv, const OptionalTensor& rel_pos_h, const OptionalTensor& rel_pos_w,
+      const OptionalTensor& pad_qkv, int64_t num_heads, int64_t window_size, double scale);
 
   int64_t units() const { return batch * windows_down * windows_across * heads; }
   Unit unit(int64_t index) const;
@@ -105,7 +112,7 @@ void for_queries(const Unit& unit, int64_t begin, int64_t n, const Visit& visit)
 }
 
 // pad_qkv in the dtype of qkv; zeros where there is none.
-at::Tensor padding(const Layout& layout, const at::Tensor& qkv, const std::optional<at::Tensor>& pad_qkv);
+at::Tensor padding(const Layout& layout, const at::Tensor& qkv, const OptionalTensor& pad_qkv);
 
 // rel_pos_h and rel_pos_w one after the other, rows reversed: the biases of query i then are `window_h`
 // neighbours from column window_h - 1 - i_h on, and `window_w` neighbours likewise.
@@ -114,8 +121,7 @@ struct Tables {
   int64_t entries_h = 0, entries = 0, stride = 0;
 
   // Rounded to `dtype`, that of qkv.
-  Tables(const Layout& layout, at::ScalarType dtype, const std::optional<at::Tensor>& h,
-      const std::optional<at::Tensor>& w);
+  Tables(const Layout& layout, at::ScalarType dtype, const OptionalTensor& h, const OptionalTensor& w);
   bool defined() const { return entries > 0; }
 };
 
@@ -126,10 +132,7 @@ struct Tokens {
   int64_t batch_stride, row_stride, column_stride;
 
   explicit Tokens(const at::Tensor& t)
-      : data(static_cast<Io*>(t.data_ptr())),
-        batch_stride(t.stride(0)),
-        row_stride(t.stride(1)),
-        column_stride(t.stride(2)) {}
+      : data(data_of<Io>(t)), batch_stride(t.stride(0)), row_stride(t.stride(1)), column_stride(t.stride(2)) {}
   Io* at(int64_t batch, int64_t y, int64_t x) const {
     return data + batch * batch_stride + y * row_stride + x * column_stride;
   }

@@ -314,14 +314,17 @@ void backward(const Layout& layout, const Cut& cut, const Tables& tables, const 
   run_tasks(layout.units(), 1, [&] { return MergeParts<Backward<Io, Tile>>{worker()}; });
 }
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rel_pos_attention_backward(const at::Tensor& grad,
     const at::Tensor& qkv_, const at::Tensor& out, const at::Tensor& lse, const OptionalTensor& rel_pos_h,
     const OptionalTensor& rel_pos_w, const OptionalTensor& pad_qkv, int64_t num_heads, int64_t window_size,
     double scale, std::array<bool, 4> mask) {
+  const Layout layout(qkv_, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window_size, scale);
+  const Check check{"rel_pos_attention"};
+  const std::array<int64_t, 4> sizes{layout.batch, layout.height, layout.width, layout.embed};
+  check.same("grad", grad, sizes, qkv_.scalar_type());
+  check.same("out", out, sizes, qkv_.scalar_type());
+  check.same("lse", lse, {layout.batch, layout.heads, layout.height, layout.width}, at::kFloat);
   const at::Tensor qkv = qkv_.stride(3) == 1 ? qkv_ : qkv_.contiguous();
-  const Layout layout(qkv, num_heads, window_size, scale);
   const Tables tables(layout, qkv.scalar_type(), rel_pos_h, rel_pos_w);
   const auto floats = qkv.options().dtype(at::kFloat);
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -26,6 +27,7 @@ struct Tiling {
   int64_t total, size, count;
 
   Tiling(int64_t n, int64_t largest) : total(n) {
+    TORCH_INTERNAL_ASSERT(n >= 1 && largest >= 1, "a tiling of ", n, " into tiles of ", largest);
     const int64_t pieces = (n + largest - 1) / largest;
     size = round_up((n + pieces - 1) / pieces, kVector);
     count = (n + size - 1) / size;
@@ -40,6 +42,8 @@ class Scratch {
   template <typename T>
   T* take(int64_t n) {
     constexpr int64_t kAlign = 64, kSlack = 64 * sizeof(float); // transpositions run over the end
+    constexpr int64_t kMost = (std::numeric_limits<int64_t>::max() - kSlack - kAlign) / sizeof(T);
+    TORCH_CHECK(n >= 0 && n <= kMost, "rskernels: a thread's buffer of ", n, " values");
     char* block = static_cast<char*>(std::calloc(n * sizeof(T) + kSlack + kAlign, 1));
     TORCH_CHECK(block != nullptr, "rskernels: out of memory for a thread's buffers");
     blocks_.emplace_back(block, std::free);

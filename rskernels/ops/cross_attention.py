@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rskernels.dispatch import choose
-from rskernels.library import cast_to_compute_dtype, define, differentiate, once_differentiable
+from rskernels.library import cast_to_compute_dtype, check_finite, define, differentiate, once_differentiable
 
 
 def cross_attention(
@@ -61,7 +61,7 @@ def cross_attention_reference(
     # are float32 at least, as they are inside a fused kernel.
     dtype = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast("cpu" if q.is_meta else q.device.type, enabled=False):
         logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(-2, -1)
         if mask is not None:
             logits = logits.masked_fill((~mask & mask.any(-1, keepdim=True))[:, None], -torch.inf)
@@ -93,6 +93,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
                 f"cross_attention: {name} has shape {tuple(tensor.shape)}; "
                 f"expected ({batch} or 1, {heads}, {keys}, {dim}) for q {tuple(q.shape)}"
             )
+    if scale is not None:
+        check_finite("cross_attention", "scale", scale, "a finite number or None")
     if mask is None:
         return
     if mask.dtype != torch.bool:

@@ -114,7 +114,7 @@ def _concatenated(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) ->
 
 def _is_empty(features: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> bool:
     operands = [t for t in tensors[len(features) :] if t is not None]
-    return any(0 in x.shape[1:] for x in features) or any(0 in t.shape for t in operands)
+    return any(0 in t.shape for t in operands)
 
 
 def _check(
@@ -140,7 +140,12 @@ def _check(
                 f"dilated_aspp: features[{i}] has shape {tuple(x.shape)}; expected (B, C, h, w) with the "
                 f"batch and size of features[0] {tuple(first.shape)}"
             )
-        if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 3, 3) or weight.shape[1] == 0:
+        if 0 in x.shape[1:]:
+            raise ValueError(
+                f"dilated_aspp: features[{i}] has shape {tuple(x.shape)}; expected nothing empty but "
+                "the batch"
+            )
+        if weight.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
             raise ValueError(
                 f"dilated_aspp: weights[{i}] has shape {tuple(weight.shape)}; "
                 f"expected (O, {x.shape[1]}, 3, 3)"

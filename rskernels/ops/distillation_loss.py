@@ -109,8 +109,8 @@ def _check(
     ):
         if value not in allowed:
             raise ValueError(f"distillation_loss: {name} is {value!r}; expected one of {allowed}")
-    if not temperature > 0:
-        raise ValueError(f"distillation_loss: temperature is {temperature}; expected > 0")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"distillation_loss: temperature is {temperature}; expected a finite number > 0")
 
 
 # ---------------------------------------------------------------- registration

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rskernels.dispatch import choose
-from rskernels.library import cast_to_compute_dtype, define, differentiate, once_differentiable
+from rskernels.library import (
+    cast_to_compute_dtype,
+    check_finite,
+    define,
+    differentiate,
+    once_differentiable,
+)
 
 
 def lora_linear(
@@ -25,9 +31,10 @@ def lora_linear(
         (..., O) in the dtype of `weight`, under autocast in autocast's dtype (float64 stays); x, a and b are
         cast to it. With b = 0 it equals `linear`'s result to the last bit.
     Raises:
-        ValueError: shapes that do not fit; weight or bias requires grad. TypeError: not floating point.
+        ValueError: shapes that do not fit; weight or bias requires grad; scale not finite.
+        TypeError: not floating point; scale not a number.
     """
-    _check("lora_linear", x, weight, bias, {"a": a, "b": b}, parts=1)
+    _check("lora_linear", x, weight, bias, {"a": a, "b": b}, scale, parts=1)
     x, weight, bias, a, b = cast_to_compute_dtype(weight, x, weight, bias, a, b)
     if choose("lora_linear", x, weight, bias, a, b) == "reference":
         return lora_linear_reference(x, weight, bias, a, b, scale)
@@ -55,7 +62,7 @@ def lora_qkv(
         (..., 3·D), dtypes and errors as in `lora_linear`. With b_q = b_v = 0 it equals `linear`'s result to
         the last bit.
     """
-    _check("lora_qkv", x, weight, bias, {"a_q": a_q, "b_q": b_q, "a_v": a_v, "b_v": b_v}, parts=3)
+    _check("lora_qkv", x, weight, bias, {"a_q": a_q, "b_q": b_q, "a_v": a_v, "b_v": b_v}, scale, parts=3)
     x, weight, bias, a_q, b_q, a_v, b_v = cast_to_compute_dtype(weight, x, weight, bias, a_q, b_q, a_v, b_v)
     if choose("lora_qkv", x, weight, bias, a_q, b_q, a_v, b_v) == "reference":
         return lora_qkv_reference(x, weight, bias, a_q, b_q, a_v, b_v, scale)
@@ -94,8 +101,16 @@ def _needs_xa(*b: Tensor) -> bool:
 
 
 def _check(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, factors: dict[str, Tensor], *, parts: int
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: dict[str, Tensor],
+    scale: float,
+    *,
+    parts: int,
 ) -> None:
+    check_finite(op, "scale", scale)
     if weight.dim() != 2 or weight.shape[0] % parts:
         expected = "(O, I)" if parts == 1 else f"({parts}·D, I)"
         raise ValueError(f"{op}: weight has shape {tuple(weight.shape)}; expected {expected}")

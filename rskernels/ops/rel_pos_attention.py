@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rskernels.dispatch import choose
-from rskernels.library import autocast_dtype, define, differentiate, once_differentiable
+from rskernels.library import autocast_dtype, check_finite, define, differentiate, once_differentiable
+
+LARGEST_WINDOW = 4096  # kLargestWindow in csrc/cpu/rel_pos_attention.h
 
 
 def rel_pos_attention(
@@ -39,7 +41,8 @@ def rel_pos_attention(
             of N tokens is the grid (B, 1, N, 3·D).
         rel_pos_h, rel_pos_w: (2·h - 1, d) and (2·w - 1, d), or both None: no bias.
         num_heads: n; divides D.
-        window_size: side of the windows. The grid is virtually padded at its bottom and right to a multiple.
+        window_size: side of the windows, at most 4096. The grid is virtually padded at its bottom and right
+            to a multiple.
         pad_qkv: (3·D,), what a padded token's q, k and v are: the bias of the qkv projection. Padded keys and
             values take part in the softmax. None: zeros (a projection without bias). Unused, without
             a gradient, where the windows divide the grid.
@@ -51,7 +54,8 @@ def rel_pos_attention(
         float32 and bfloat16 are accelerated on the CPU, all else is served by the reference.
     Memory: O(N), forward and backward, on an accelerated backend.
     Raises:
-        ValueError: shapes that do not fit. TypeError: not a floating-point tensor.
+        ValueError: shapes or numbers that do not fit. TypeError: not a floating-point tensor; num_heads or
+            window_size not an int; scale not a number.
     """
     _check(qkv, rel_pos_h, rel_pos_w, num_heads, window_size, pad_qkv, scale)
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
@@ -152,6 +156,13 @@ def _check(
             raise TypeError(f"rel_pos_attention: {name} is {found}; expected a floating-point tensor")
         if tensor.device != qkv.device:
             raise ValueError(f"rel_pos_attention: {name} is on {tensor.device}, qkv on {qkv.device}")
+    for name, number in (("num_heads", num_heads), ("window_size", window_size)):
+        if not isinstance(number, (int, torch.SymInt)):
+            raise TypeError(f"rel_pos_attention: {name} is {number!r}; expected an int")
+    if window_size > LARGEST_WINDOW:
+        raise ValueError(
+            f"rel_pos_attention: window_size is {window_size}; expected at most {LARGEST_WINDOW}"
+        )
     if num_heads < 1 or window_size < 0:
         raise ValueError(
             f"rel_pos_attention: num_heads is {num_heads} and window_size {window_size}; "
@@ -180,8 +191,8 @@ def _check(
             f"rel_pos_attention: pad_qkv has shape {tuple(pad_qkv.shape)}; expected ({qkv.shape[3]},), "
             "the last dimension of qkv"
         )
-    if scale is not None and not abs(scale) < float("inf"):
-        raise ValueError(f"rel_pos_attention: scale is {scale}; expected a finite number or None")
+    if scale is not None:
+        check_finite("rel_pos_attention", "scale", scale, "a finite number or None")
 
 
 # ---------------------------------------------------------------- registration

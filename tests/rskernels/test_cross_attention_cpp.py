@@ -112,7 +112,7 @@ def compare(case: Case, dtype: torch.dtype) -> None:
     for name, value, eager, truth, floor in zip(NAMES, values, eagers, truths, floors, strict=True):
         assert value.dtype == dtype and value.shape == truth.shape, name
         size = CANCELLED * floor.norm().item()
-        bound = max(allowed_error(value), 2 * relative_error_of(eager, truth, size))
+        bound = max(allowed_error(value, case.queries * case.keys), 2 * relative_error_of(eager, truth, size))
         error = relative_error_of(value, truth, size)
         assert error <= bound, f"{name} of {case}: error {error:.2e}, allowed {bound:.2e}"
 

@@ -307,15 +307,15 @@ def test_empty_batch(projection: int) -> None:
         assert (value == 0).all()
 
 
-def test_empty_map_goes_to_the_reference() -> None:
-    x, w, bias = torch.zeros(1, 0, 4, 4, requires_grad=True), torch.zeros(2, 0, 3, 3), torch.randn(2)
+def test_empty_batch_goes_to_the_reference() -> None:
+    x, w, bias = torch.zeros(0, 3, 4, 4, requires_grad=True), torch.zeros(2, 3, 3, 3), torch.randn(2)
     results = []
     for backend in ("auto", "reference"):
         with rskernels.backend(backend):
             results.append(rskernels.dilated_aspp([x], [w], [bias], dilations=(1,), activation="relu"))
-    assert results[0].dtype == x.dtype and torch.equal(*results)
-    with pytest.raises(ValueError, match="no empty dimension"), rskernels.backend("cpp"):
-        rskernels.dilated_aspp([x], [w], [None], dilations=(1,))
+    assert results[0].shape == (0, 2, 4, 4) and torch.equal(*results)
+    with pytest.raises(ValueError, match="expected nothing empty but the batch"):
+        rskernels.dilated_aspp([torch.zeros(1, 0, 4, 4)], [torch.zeros(2, 0, 3, 3)], [None], dilations=(1,))
 
 
 @needs_cpp

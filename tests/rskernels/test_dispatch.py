@@ -212,7 +212,7 @@ def test_explain_in_other_surroundings(extension, run_python, tmp_path):
     assert set(explained(unknown, "linear").values()) == {"error"}
     without = text(RSKERNELS_DISABLE_EXT="1")
     assert "extension: none, " in without and "bfloat16 tiles" not in without
-    assert "  cpp: the extension rskernels._C switched off by RSKERNELS_DISABLE_EXT" in without
+    assert "  cpp: the extension rskernels._C is switched off by RSKERNELS_DISABLE_EXT" in without
     assert set(explained(without, "linear").values()) == {"reference"}
 
 

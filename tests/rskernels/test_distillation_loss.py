@@ -94,7 +94,7 @@ def test_compiles_as_one_graph():
         (ValueError, "axis is 'height'", {"axis": "height"}),
         (ValueError, "direction is 'both'", {"direction": "both"}),
         (ValueError, "reduction is 'sum'", {"reduction": "sum"}),
-        (ValueError, "temperature is 0; expected > 0", {"temperature": 0}),
+        (ValueError, "temperature is 0; expected a finite number > 0", {"temperature": 0}),
         (ValueError, "temperature is nan", {"temperature": float("nan")}),
         (ValueError, r"teacher has shape \(5, 3\)", {"teacher": torch.zeros(5, 3)}),
         (ValueError, r"teacher \(2, 5, 3, 3\); expected the same", {"teacher": torch.zeros(2, 5, 3, 3)}),

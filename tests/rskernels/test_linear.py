@@ -157,6 +157,17 @@ def test_opcheck(dtype, activation):
         torch.library.opcheck(backward, args, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("product", tuning.PRODUCTS)
+def test_no_inputs_no_outputs_no_rows(extension, product):
+    use_product(product)
+    for rows, inputs, outputs in ((3, 0, 4), (3, 4, 0), (0, 4, 5), (0, 0, 4)):
+        leaves = arguments((rows,), inputs, outputs, torch.float32)
+        with rskernels.backend("cpp"):
+            y, dx, dw, db = evaluate(rskernels.linear, leaves, torch.ones(rows, outputs))
+        assert torch.equal(y, leaves[2].expand(rows, outputs))
+        assert not dx.any() and not dw.any() and torch.equal(db, torch.full((outputs,), float(rows)))
+
+
 def test_python_implementation_equals_the_extension(extension, relative_error):
     """What serves a pure-Python install: the same operator on the meta-free Python path."""
     from rskernels.ops.linear import _backward_reference, _forward_reference

@@ -406,3 +406,14 @@ def test_bad_dtype():
     args["a_v"] = torch.zeros(2, 24, dtype=torch.int32)
     with pytest.raises(TypeError, match=r"a_v is torch\.int32"):
         rskernels.lora_qkv(*args.values(), scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "scale"), [(ValueError, float("inf")), (ValueError, float("nan")), (TypeError, "1")]
+)
+def test_bad_scale(error, scale):
+    x, weight, bias, a_q, b_q, a_v, b_v = qkv_arguments(torch.float32)
+    with pytest.raises(error, match=r"lora_qkv: scale is .*; expected a finite number"):
+        rskernels.lora_qkv(x, weight, bias, a_q, b_q, a_v, b_v, scale=scale)
+    with pytest.raises(error, match=r"lora_linear: scale is .*; expected a finite number"):
+        rskernels.lora_linear(x, weight[:16], None, a_q, b_q, scale=scale)

@@ -175,7 +175,13 @@ BAD = {
     "expected both or neither": (ValueError, {"rel_pos_h": None}),
     r"pad_qkv has shape \(32,\); expected \(96,\)": (ValueError, {"pad_qkv": torch.ones(32)}),
     "num_heads is 0": (ValueError, {"num_heads": 0}),
+    "num_heads is 2.0; expected an int": (TypeError, {"num_heads": 2.0}),
     "window_size -1": (ValueError, {"window_size": -1}),
+    "window_size is 4294967296": (ValueError, {"window_size": 2**32}),
+    "window_size is 4097": (ValueError, {"window_size": 4097}),
+    "window_size is 3.5; expected an int": (TypeError, {"window_size": 3.5}),
+    "scale is nan": (ValueError, {"scale": float("nan")}),
+    "scale is 'large'; expected a finite number": (TypeError, {"scale": "large"}),
     "scale is inf": (ValueError, {"scale": float("inf")}),
     "rel_pos_w is on meta": (ValueError, {"rel_pos_w": torch.ones(7, 16, device="meta")}),
 }
