@@ -161,7 +161,7 @@ def test_matches_the_float64_reference(case: Case, dtype: torch.dtype) -> None:
         drop=st.booleans(),
         shared=st.tuples(st.booleans(), st.booleans()),
         layout=st.sampled_from(["tokens", "heads", "channels"]),
-        magnitude=st.sampled_from([0.1, 1.0, 3.0]),
+        magnitude=st.sampled_from([0.1, 1.0]),  # logits up to some 50; beyond, finite is all that is asked
         scale=st.sampled_from([None, 0.3]),
         seed=st.integers(0, 2**16),
     ),

@@ -61,15 +61,27 @@ def build_model(name: str) -> tuple[nn.Module, Callable[[], tuple[Tensor, Tensor
     return model, run
 
 
-def build_encoder(name: str, lora_rank: int) -> tuple[nn.Module, Callable[[], tuple[Tensor, Tensor]]]:
+# Encoders and their options. SAM's: a window that does not divide the grid, so that there is padding.
+ENCODER_OPTIONS = {
+    "sam_vit_tiny": [{"window_size": 3, "lora_rank": rank} for rank in (0, 4)],
+    "dinov2_vit_tiny": [{"registers": count} for count in (0, 4)],
+}
+
+
+def test_every_encoder_is_here() -> None:
+    assert sorted(ENCODER_OPTIONS) == TINY_ENCODERS
+
+
+def build_encoder(name: str, options: dict) -> tuple[nn.Module, Callable[[], tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
-    # A window that does not divide the grid, so that there is padding.
-    encoder = spread_lora(ENCODERS[name](image_size=(SIZE, 96), lora_rank=lora_rank, window_size=3)).train()
+    size = (64, 96) if name.startswith("sam") else (56, 84)
+    encoder = spread_lora(ENCODERS[name](image_size=size, **options)).train()
     for parameter_name, parameter in encoder.named_parameters():
         if ".rel_pos_" in parameter_name:
             nn.init.normal_(parameter, std=0.2)
-    images = torch.randn(2, 3, SIZE, 96)
-    direction = torch.randn(2, 64, SIZE // 16, 96 // 16)
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        direction = torch.randn_like(encoder(images))
 
     def run() -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -82,9 +94,9 @@ def build_encoder(name: str, lora_rank: int) -> tuple[nn.Module, Callable[[], tu
 
 BUILDERS = [pytest.param(build_model, (name,), id=name) for name in MODELS]
 BUILDERS += [
-    pytest.param(build_encoder, (name, rank), id=f"{name}-lora{rank}")
-    for name in TINY_ENCODERS
-    for rank in (0, 4)
+    pytest.param(build_encoder, (name, options), id=f"{name}-{number}")
+    for name, several in ENCODER_OPTIONS.items()
+    for number, options in enumerate(several)
 ]
 
 
