@@ -1,9 +1,19 @@
 """Small shared modules, each a thin user of rskernels."""
 
+from rsmodels.layers.conv import ConvNormAct
 from rsmodels.layers.linear import MLP, Linear
 from rsmodels.layers.lora import LoRAQKV
 from rsmodels.layers.neck import make_neck
 from rsmodels.layers.norm import LayerNorm, LayerNorm2d
 from rsmodels.layers.sizes import image_size_pair
 
-__all__ = ["MLP", "LayerNorm", "LayerNorm2d", "Linear", "LoRAQKV", "image_size_pair", "make_neck"]
+__all__ = [
+    "MLP",
+    "ConvNormAct",
+    "LayerNorm",
+    "LayerNorm2d",
+    "Linear",
+    "LoRAQKV",
+    "image_size_pair",
+    "make_neck",
+]
