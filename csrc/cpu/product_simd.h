@@ -12,7 +12,7 @@ constexpr int kBlockRows = 6, kBlockVectors = 2; // 12, 2 and 1 in 16
 #endif
 
 // As much of the right operand as goes through the first-level cache at a time, with the left one beside it.
-constexpr int64_t kDepthBlock = RSK_LEVEL >= 2 ? 128 : 64;
+constexpr int64_t kDepthBlock = 64;
 
 struct Numbers {
   static RSK_INLINE VecF left(const char* a) {
@@ -63,9 +63,7 @@ inline void block_product(const Block& at) {
 #pragma GCC unroll 6
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      sums[i][v] = at.accumulate ? load_width<kWhole>(at.c + i * at.ldc + v * kLanes, at.width) : VecF{};
-    }
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = VecF{};
   }
   const char* a = at.a;
   const float* b = at.b;
@@ -86,6 +84,8 @@ inline void block_product(const Block& at) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       float* c = at.c + i * at.ldc + v * kLanes;
+      // A block's own sum first: terms added one by one to a long sum all round to one side where they are alike.
+      if (at.accumulate) sums[i][v] += load_width<kWhole>(c, at.width);
       if constexpr (kWhole) {
         store(c, sums[i][v]);
       } else {

@@ -46,6 +46,9 @@ RSK_INLINE void add_all(float* to, const VecF (&from)[kVectors]) {
   for (int v = 0; v < kVectors; ++v) store(to + v * kLanes, load(to + v * kLanes) + from[v]);
 }
 
+// Probabilities that are added up before they join a longer sum, where each alone would be rounded more.
+constexpr int64_t kSumTogether = 32;
+
 // Running maxima.
 template <bool kBias, int kVectors>
 inline void max_block(const ScoreTile& tile, int64_t lane, const float* scores, float* largest) {
@@ -83,6 +86,9 @@ inline void exp_block(
     exp_key<kBias, 5>(scores + k * tile.lanes, key, lane, shift, p);
     for (int v = 0; v < kVectors; ++v) total[v] += p[v];
     store_all(out + k * tile.lanes + lane, p);
+    if (k % kSumTogether != kSumTogether - 1) continue;
+    add_all(sums + lane, total);
+    for (int v = 0; v < kVectors; ++v) total[v] = VecF{};
   }
   add_all(sums + lane, total);
 }
@@ -134,13 +140,21 @@ inline void delta_block(const GradientTile& tile, int64_t lane, float* delta) {
   load_all(tile.lse + lane, lse);
   for (int v = 0; v < kVectors; ++v) total[v] = weighted[v] = VecF{};
   KeyCursor key(tile);
-  for (int64_t k = 0; k < tile.keys; ++k, key.next()) {
-    float* scores = tile.scores + k * tile.lanes;
-    exp_key<kBias, 5>(scores, key, lane, lse, p);
-    store_all(scores + lane, p);
+  for (int64_t first = 0; first < tile.keys; first += kSumTogether) {
+    VecF some[kVectors], some_weighted[kVectors];
+    for (int v = 0; v < kVectors; ++v) some[v] = some_weighted[v] = VecF{};
+    for (int64_t k = first; k < std::min(first + kSumTogether, tile.keys); ++k, key.next()) {
+      float* scores = tile.scores + k * tile.lanes;
+      exp_key<kBias, 5>(scores, key, lane, lse, p);
+      store_all(scores + lane, p);
+      for (int v = 0; v < kVectors; ++v) {
+        some[v] += p[v];
+        some_weighted[v] += p[v] * load(tile.dp + k * tile.lanes + lane + v * kLanes);
+      }
+    }
     for (int v = 0; v < kVectors; ++v) {
-      total[v] += p[v];
-      weighted[v] += p[v] * load(tile.dp + k * tile.lanes + lane + v * kLanes);
+      total[v] += some[v];
+      weighted[v] += some_weighted[v];
     }
   }
   for (int v = 0; v < kVectors; ++v) weighted[v] /= total[v];

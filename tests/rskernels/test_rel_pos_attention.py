@@ -46,7 +46,7 @@ def test_matches_the_float64_reference(case: Case, dtype: torch.dtype) -> None:
         pad=st.booleans(),
         magnitude=st.sampled_from([0.1, 1.0]),
         seed=st.integers(0, 2**16),
-    ).filter(lambda case: case.window <= 9 or case.tables or not case.pads()),
+    ),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_matches_the_float64_reference_on_any_shape(case: Case, dtype: torch.dtype) -> None:
@@ -54,9 +54,8 @@ def test_matches_the_float64_reference_on_any_shape(case: Case, dtype: torch.dty
 
 
 @needs_cpp
-@pytest.mark.xfail(reason="over a hundred equal padding keys: sums of equal terms all round to one side")
 def test_padding_without_tables_in_large_windows() -> None:
-    """Left out of the shapes above: up to 8e-6 in float32 against the 2e-6 that are allowed."""
+    """Over a hundred equal keys: added up one by one, their sums would all round to one side."""
     for window in (14, 16):
         for seed in range(4):
             case = Case(height=18, width=8, heads=1, window=window, tables=False, seed=seed)
