@@ -88,6 +88,7 @@ def cases() -> list[Case]:
             build=partial(_build, (batch, tokens, dim, rank), dtype, which),
             dtype=dtype,
             flops=_flops((batch, tokens, dim, rank), which),
+            beside=("without LoRA",),
         )
         for which in PASSES
         for batch, tokens, dim, rank in SHAPES

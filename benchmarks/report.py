@@ -2,7 +2,7 @@
 
 Per case: median time of ours, ratio to the best peer and to each (their median / ours, interleaved rounds of
 one process), share of the roofline, peak memory of one call. The roofline is measured in the same process,
-before each suite: the larger of the case's arithmetic at the matrix peak and its least memory traffic at the
+before and after each suite: the larger of the case's arithmetic at the matrix peak and its least memory traffic at the
 copy bandwidth. A peer that is missing, fails or gives another answer than the reference is named with the
 reason, without times; a case where that is ours is not reported.
 
@@ -29,10 +29,8 @@ from rsmodels.files import read_json, write_json
 RESULTS = Path(__file__).parent / "results"
 
 
-def run_case(
-    case: Case, peaks: Mapping[str, float], bandwidth: float, memory: bool = True
-) -> dict[str, object]:
-    """Everything that is published about one case, at `peaks` (FLOP/s by dtype) and `bandwidth` (bytes/s)."""
+def run_case(case: Case, memory: bool = True) -> dict[str, object]:
+    """Everything that is published about one case but its share of the roofline."""
     torch.compiler.reset()  # else the shapes of earlier cases make a compiled peer a dynamic one
     row: dict[str, object] = {"case": case.name}
     try:
@@ -49,34 +47,55 @@ def run_case(
     ours = times[case.ours]
     ratios = {name: value / ours for name, value in times.items() if name != case.ours}
     row |= {"milliseconds": {name: 1e3 * value for name, value in times.items()}, "ratio": ratios}
-    row |= {"ours": case.ours, "best_peer": min(ratios, key=ratios.__getitem__)} if ratios else {}
-    if case.flops or case.bytes:
-        peak = peaks[str(case.dtype)[6:]]
-        row["share_of_roofline"] = case.floor(peak, bandwidth) / ours
-        row["bound_by"] = "memory" if case.bytes / bandwidth > case.flops / peak else "arithmetic"
+    peers = [name for name in ratios if name not in case.beside]
+    row |= {"ours": case.ours} | ({"best_peer": min(peers, key=ratios.__getitem__)} if peers else {})
     if memory:
         taken = {name: peak_bytes(call) for name, call in calls.items()}
         row["peak_mib"] = {name: value / 2**20 for name, value in taken.items() if value is not None}
     return row
 
 
+def limits() -> dict[str, float]:
+    """What this machine reaches now: FLOP/s of both dtypes, bytes/s."""
+    return {
+        "float32": matrix_peak(torch.float32),
+        "bfloat16": matrix_peak(torch.bfloat16),
+        "copy": copy_bandwidth(),
+    }
+
+
+def roofline(case: Case, row: Mapping, reached: Mapping[str, float]) -> dict[str, object]:
+    """The share of the roofline that ours takes in a row of `run_case`; nothing where there is none."""
+    if "not_reported" in row or not (case.flops or case.bytes):
+        return {}
+    peak, bandwidth = reached[str(case.dtype)[6:]], reached["copy"]
+    seconds = row["milliseconds"][case.ours] / 1e3
+    by_memory = case.bytes / bandwidth > case.flops / peak
+    return {
+        "share_of_roofline": case.floor(peak, bandwidth) / seconds,
+        "bound_by": "memory" if by_memory else "arithmetic",
+    }
+
+
 def run_suite(suite: str, match: str, memory: bool) -> dict[str, object]:
     """The figures of the cases of a suite whose names contain `match`."""
-    peaks = {"float32": matrix_peak(torch.float32), "bfloat16": matrix_peak(torch.bfloat16)}
-    bandwidth = copy_bandwidth()
+    before = limits()
     chosen = [case for case in SUITES[suite].cases() if match in case.name]
     rows = []
     for number, case in enumerate(chosen, 1):
         print(f"{suite} {number}/{len(chosen)}: {case.name} ... ", end="", file=sys.stderr, flush=True)
         started = time.perf_counter()
-        row = run_case(case, peaks, bandwidth, memory)
+        row = run_case(case, memory)
         rows.append(row)
         found = row.get("not_reported") or _against_best(row)
         print(f"{found} ({time.perf_counter() - started:.0f} s)", file=sys.stderr, flush=True)
+    after = limits()
+    reached = {name: max(value, after[name]) for name, value in before.items()}
+    rows = [row | roofline(case, row, reached) for case, row in zip(chosen, rows, strict=True)]
     return {
         "date": datetime.date.today().isoformat(),
-        "matrix_peak_gflops": {name: value / 1e9 for name, value in peaks.items()},
-        "copy_gbytes_per_second": bandwidth / 1e9,
+        "matrix_peak_gflops": {name: reached[name] / 1e9 for name in ("float32", "bfloat16")},
+        "copy_gbytes_per_second": reached["copy"] / 1e9,
         "cases": rows,
     }
 

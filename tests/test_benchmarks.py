@@ -17,7 +17,7 @@ from benchmarks import SUITES, report
 from benchmarks.measure import PASSES, Case, call_of, first_calls, lazily, peak_bytes, seconds
 
 ROOT = Path(__file__).resolve().parents[1]
-PEAKS, BANDWIDTH = {"float32": 1e9, "bfloat16": 1e9}, 1e9
+REACHED = {"float32": 1e9, "bfloat16": 1e9, "copy": 1e9}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,9 @@ def test_first_calls_says_why_a_candidate_is_missing():
 
 
 def test_a_row_is_published_only_if_ours_and_the_reference_agree():
-    row = report.run_case(case(flops=8, bytes=32, build=lambda: calls(gone=fail)), PEAKS, BANDWIDTH)
+    memory_bound = case(flops=8, bytes=32, build=lambda: calls(gone=fail))
+    row = report.run_case(memory_bound)
+    row |= report.roofline(memory_bound, row, REACHED)
     assert set(row["milliseconds"]) == {"rskernels", "eager", "other"} and set(row["ratio"]) == {
         "eager",
         "other",
@@ -63,14 +65,22 @@ def test_a_row_is_published_only_if_ours_and_the_reference_agree():
     assert row["ratio"][row["best_peer"]] == min(row["ratio"].values())
     assert row["bound_by"] == "memory"
     floor = row["share_of_roofline"] * row["milliseconds"]["rskernels"]
-    assert floor == pytest.approx(1e3 * 32 / BANDWIDTH)
+    assert floor == pytest.approx(1e3 * 32 / REACHED["copy"])
     assert row["not_available"] == {"gone": "RuntimeError: no such library"}
 
     broken = ({"rskernels": fail}, {"rskernels": lambda: torch.ones(4)}, {"eager": fail})
     for more in broken:
-        row = report.run_case(case(build=lambda more=more: calls(**more)), PEAKS, BANDWIDTH)
+        row = report.run_case(case(build=lambda more=more: calls(**more)))
         assert "not_reported" in row and "milliseconds" not in row
-    assert "does not build" in report.run_case(case(build=fail), PEAKS, BANDWIDTH)["not_reported"]
+        assert report.roofline(memory_bound, row, REACHED) == {}
+    assert "does not build" in report.run_case(case(build=fail))["not_reported"]
+
+
+def test_what_is_shown_beside_is_no_peer():
+    row = report.run_case(case(build=calls, beside=("other",)))
+    assert row["best_peer"] == "eager" and "other" in row["ratio"]
+    row = report.run_case(case(build=calls, beside=("other", "eager")))
+    assert row["ours"] == "rskernels" and "best_peer" not in row
 
 
 def test_floor():
