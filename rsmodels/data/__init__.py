@@ -11,6 +11,8 @@ from rsmodels.data.base import (
 from rsmodels.data.check import CheckReport, check_dataset
 from rsmodels.data.deepglobe import DeepGlobeRoads
 from rsmodels.data.folder import FolderDataset
+from rsmodels.data.grass import Grass
+from rsmodels.data.l8_biome import L8Biome
 from rsmodels.data.schema import IGNORE, LabelSchema
 from rsmodels.data.synthetic import Domain, SyntheticEarth, write_scene
 from rsmodels.data.whdld import WHDLD
@@ -23,6 +25,8 @@ __all__ = [
     "DeepGlobeRoads",
     "Domain",
     "FolderDataset",
+    "Grass",
+    "L8Biome",
     "LabelSchema",
     "SegmentationDataset",
     "SyntheticEarth",

@@ -40,15 +40,19 @@ class SegmentationDataset(Dataset, ABC):
     name:    the registered name
     split:   train, val or test
     problems: what is wrong with the listing (a half of a pair missing); empty unless built with strict=False
+    notes:  what a reader of its figures must know, one sentence each: they go into every report
+    same_split: the split that stands in for one that the set was published without
     """
 
     splits: ClassVar[tuple[str, ...]] = SPLITS
+    same_split: ClassVar[Mapping[str, str]] = {}
     name: str = ""
     schema: LabelSchema
     names: Sequence[str]
     bands: tuple[int, ...] | None = None
     split: str = "train"
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def read_image(self, index: int) -> ImageData:

@@ -107,6 +107,10 @@ def check_dataset(name: str, root: str | Path | None = None, **options: Any) -> 
             if problem not in reported:
                 reported.add(problem)
                 report.errors.append(problem)
+        report.warnings += dataset.notes
+        if split in cls.same_split:  # read already; its files are no duplicates
+            report.tiles[split] = len(dataset)
+            continue
         _check_split(report, dataset, split, seen)
         if not len(dataset):
             (report.errors if split == "train" else report.warnings).append(f"split {split!r} is empty")

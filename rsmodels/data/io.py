@@ -20,6 +20,7 @@ import rasterio
 from PIL import Image
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
@@ -34,15 +35,21 @@ class ImageData:
     valid: np.ndarray | None
 
 
-def read_image(path: str | Path, bands: Sequence[int] | None = None) -> ImageData:
+def read_image(
+    path: str | Path, bands: Sequence[int] | None = None, *, window: Window | None = None
+) -> ImageData:
     """Read an image of any format and band count.
 
     bands: 1-based indices into the file, in the order wanted (an alpha band counts); None = all but alpha.
+    window: the part to read, within the image; memory holds no more than that of the file's pixels.
     Raises FileNotFoundError, or ValueError for a file that cannot be read to its end, a band that it does
     not have, and NaN or infinite pixels that it does not declare as nodata.
     """
     path = _existing(path)
-    pixels, valid = (_read_with_pillow if _suits_pillow(path) else _read_with_rasterio)(path, bands)
+    if window is None and _suits_pillow(path):
+        pixels, valid = _read_with_pillow(path, bands)
+    else:
+        pixels, valid = _read_with_rasterio(path, bands, window)
     if pixels.dtype.kind == "f":
         finite = np.isfinite(pixels).all(0)
         bad = ~finite if valid is None else ~finite & valid
@@ -59,14 +66,15 @@ def read_image(path: str | Path, bands: Sequence[int] | None = None) -> ImageDat
     return ImageData(pixels, valid)
 
 
-def read_mask(path: str | Path, *, colors: bool) -> np.ndarray:
+def read_mask(path: str | Path, *, colors: bool, window: Window | None = None) -> np.ndarray:
     """Read a label file: (H, W) values, or (H, W, 3) colours.
 
     A palette image holds both an index and a colour per pixel; `colors` says which of them is the label.
+    `window` is the part to read, as for `read_image`.
     Alpha is dropped. Nothing is mapped here: that is `LabelSchema.encode`.
     """
     path = _existing(path)
-    if _suits_pillow(path):
+    if window is None and _suits_pillow(path):
         with _open_with_pillow(path) as image:
             if image.mode == "P" and not colors:
                 return np.array(image)
@@ -76,7 +84,7 @@ def read_mask(path: str | Path, *, colors: bool) -> np.ndarray:
                 return np.array(image, dtype=np.uint8)
             array = np.array(image)
             return array[..., 0] if image.mode in ("LA", "PA") else array
-    return _read_mask_with_rasterio(path, colors)
+    return _read_mask_with_rasterio(path, colors, window)
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
@@ -90,6 +98,12 @@ def read_size(path: str | Path) -> tuple[int, int]:
             raise ValueError(_unreadable(path, error)) from None
     with _open_with_rasterio(path) as source:
         return source.height, source.width
+
+
+def count_bands(path: str | Path) -> int:
+    """Bands of a raster, alpha included, from the header alone."""
+    with _open_with_rasterio(_existing(path)) as source:
+        return source.count
 
 
 # ------------------------------------------------------------------------------------------------- Pillow
@@ -153,19 +167,21 @@ def _open_with_rasterio(path: Path) -> rasterio.DatasetReader:
         raise ValueError(_unreadable(path, error)) from None
 
 
-def _read_with_rasterio(path: Path, bands: Sequence[int] | None) -> tuple[np.ndarray, np.ndarray | None]:
+def _read_with_rasterio(
+    path: Path, bands: Sequence[int] | None, window: Window | None
+) -> tuple[np.ndarray, np.ndarray | None]:
     with _open_with_rasterio(path) as source:
         alpha = [i for i, meaning in enumerate(source.colorinterp, start=1) if meaning == ColorInterp.alpha]
         if bands is None:
             bands = [band for band in source.indexes if band not in alpha]
         _check_bands(path, bands, source.count)
         try:
-            pixels = source.read(list(bands))
+            pixels = source.read(list(bands), window=window)
             valid = np.ones(pixels.shape[1:], bool)
             if alpha:
-                valid &= source.read(alpha[0]) > 0
+                valid &= source.read(alpha[0], window=window) > 0
             elif MaskFlags.per_dataset in source.mask_flag_enums[0]:
-                valid &= source.dataset_mask() > 0
+                valid &= source.dataset_mask(window=window) > 0
         except (RasterioError, MemoryError) as error:
             raise ValueError(_unreadable(path, error)) from None
         # Empty means empty in every band that is read: 0 in one band of three is a colour.
@@ -179,10 +195,10 @@ def _read_with_rasterio(path: Path, bands: Sequence[int] | None) -> tuple[np.nda
     return pixels, _or_none(valid)
 
 
-def _read_mask_with_rasterio(path: Path, colors: bool) -> np.ndarray:
+def _read_mask_with_rasterio(path: Path, colors: bool, window: Window | None) -> np.ndarray:
     with _open_with_rasterio(path) as source:
         try:
-            bands = source.read()
+            bands = source.read(window=window)
             table = source.colormap(1) if colors and source.count == 1 else None
         except ValueError:  # rasterio's way to say that there is no colour table
             table = None

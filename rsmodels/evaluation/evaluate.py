@@ -167,7 +167,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             dataset,
             title=f"{info['model']} on {config.data}, {config.split} split{domain}",
             log=read_log(Path(config.model).resolve().parent / "log.jsonl"),
-            notes=_notes(config, info),
+            notes=_notes(config, info, dataset),
         )
     return evaluation
 
@@ -205,16 +205,17 @@ def _indices(config: EvaluateConfig, dataset: SegmentationDataset) -> Sequence[i
     return [index for index, name in enumerate(domains) if name == domain]
 
 
-def _notes(config: EvaluateConfig, info: dict[str, Any]) -> list[str]:
+def _notes(config: EvaluateConfig, info: dict[str, Any], dataset: SegmentationDataset) -> list[str]:
+    notes = list(dataset.notes)
     trained_on = (info.get("training") or {}).get("data")
     if trained_on == config.data and config.split == "val":
-        return [
+        notes.append(
             "These are validation images: the checkpoint was chosen because it does well on them, "
             "so the figures are higher than on unseen images."
-        ]
+        )
     if trained_on == config.data and config.split == "train":
-        return ["These are training images: the figures say nothing about unseen ones."]
-    return []
+        notes.append("These are training images: the figures say nothing about unseen ones.")
+    return notes
 
 
 class _Samples(Dataset):

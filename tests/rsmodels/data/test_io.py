@@ -10,8 +10,9 @@ import rasterio
 from PIL import Image
 from rasterio.enums import ColorInterp
 from rasterio.transform import from_origin
+from rasterio.windows import Window
 
-from rsmodels.data.io import read_image, read_mask, read_size
+from rsmodels.data.io import count_bands, read_image, read_mask, read_size
 
 RASTERS = Path(__file__).parents[4] / "shared" / "data"
 needs_rasters = pytest.mark.skipif(not RASTERS.is_dir(), reason=f"no real rasters at {RASTERS}")
@@ -107,6 +108,25 @@ def test_an_internal_mask_marks_empty_pixels(tmp_path):
     image = read_image(path)
     assert image.valid is not None
     assert image.valid.tolist() == [[True, False], [True, True]]
+
+
+def test_a_window_is_that_part_of_the_image(tmp_path, rgb):
+    window = Window(2, 1, 3, 4)
+    rows, columns = slice(1, 5), slice(2, 5)
+    alpha = np.full((1, *rgb.shape[:2]), 255, np.uint8)
+    alpha[0, 2, 3] = 0
+    bands = np.concatenate([rgb.transpose(2, 0, 1), alpha])
+    nodata = write_tif(tmp_path / "b.tif", np.where(alpha > 0, bands[:3], 0), nodata=0)
+    Image.fromarray(bands.transpose(1, 2, 0)).save(tmp_path / "c.png")
+    rgba = write_tif(tmp_path / "a.tif", bands, photometric="RGB", alpha="YES")
+    for path in (rgba, nodata, tmp_path / "c.png"):
+        whole, part = read_image(path), read_image(path, window=window)
+        np.testing.assert_array_equal(part.pixels, whole.pixels[:, rows, columns])
+        np.testing.assert_array_equal(part.valid, whole.valid[rows, columns])
+    index = rgb[..., 0] % 4  # the palette has four colours
+    mask = palette_png(tmp_path / "m.png", index)
+    np.testing.assert_array_equal(read_mask(mask, colors=False, window=window), index[rows, columns])
+    assert (count_bands(rgba), count_bands(nodata)) == (4, 3)
 
 
 def test_undeclared_nan_is_an_error_that_says_where(tmp_path):
