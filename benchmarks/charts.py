@@ -81,4 +81,4 @@ def _finish(axes: Axes, label: str, results: dict) -> None:
 def _save(figure: Figure, path: Path) -> None:
     figure.set_layout_engine("constrained")
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=90)
+        figure.savefig(temporary, dpi=80, pil_kwargs={"optimize": True})

@@ -1,10 +1,10 @@
 """`python -m benchmarks.report [SUITE ...]`: the figures of README and docs, one table per operator.
 
 Per case: median time of ours, ratio to the best peer and to each (their median / ours, interleaved rounds of
-one process), share of the roofline, peak memory of one call. The roofline is measured in the same process,
-before and after each suite: the larger of the case's arithmetic at the matrix peak and its least memory traffic at the
-copy bandwidth. A peer that is missing, fails or gives another answer than the reference is named with the
-reason, without times; a case where that is ours is not reported.
+one process), share of the roofline, peak memory of one call. The roofline is the larger of the case's
+arithmetic at the matrix peak and its least memory traffic at the copy bandwidth, both measured in the same
+process, before and after each suite. A peer that is missing, fails or gives another answer than the reference
+is named with the reason, without times; a case where that is ours is not reported.
 
 Everything goes to `benchmarks/results/NAME.json` with machine, versions and date, and into charts beside it,
 after every suite: Ctrl-C keeps what is done. Progress is on stderr.
