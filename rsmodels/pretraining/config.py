@@ -14,7 +14,17 @@ from rsmodels.registry import Preprocessing, list_encoders
 PREPROCESSING = Preprocessing((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 DEFAULT_MINUTES = 15.0
 # Options that may differ between a run and the one that goes on with it: they do not change what is learned.
-FREE = ("output", "steps", "minutes", "num_workers", "checkpoint_every", "log_every", "probe", "resume", "debug")
+FREE = (
+    "output",
+    "steps",
+    "minutes",
+    "num_workers",
+    "checkpoint_every",
+    "log_every",
+    "probe",
+    "resume",
+    "debug",
+)
 
 
 class Purpose(IntEnum):
@@ -40,8 +50,8 @@ class PretrainConfig:
     data: Literal["synthetic"] = "synthetic"
     """Where the unlabelled scenes come from."""
     leave_out: str = ""
-    """Domains to leave out besides the benchmark's targets, with blanks between them; one may be named in part:
-    'region=coast bands=irrg,climate=arid'."""
+    """Domains to leave out besides the benchmark's targets, with blanks between them; one may be named in
+    part: 'region=coast bands=irrg,climate=arid'."""
     image_size: int | None = None
     """Side of the crops in pixels (default: the encoder's own size)."""
 

@@ -1,8 +1,8 @@
 """What an encoder learns from unlabelled images: to fill in masked pixels, or to predict its own features.
 
-Both hide patches of the image itself, so that they work with any encoder that has `forward_intermediates`. Their
-heads normalise tokens without a scale of their own: that is what a final norm at its start does, which DINOv2's
-then still is.
+Both hide patches of the image itself, so that they work with any encoder that has `forward_intermediates`.
+Their heads normalise tokens without a scale of their own: that is what a final norm at its start does, which
+DINOv2's then still is.
 
 Shapes: B batch, H/W pixels, p patch size, h/w = (H, W) / p the token grid, D embedding.
 """
@@ -64,10 +64,11 @@ class Distillation(nn.Module):
     """Self-distillation in the manner of data2vec (Baevski et al. 2022, https://arxiv.org/abs/2202.03555) and
     BYOL (Grill et al. 2020, https://arxiv.org/abs/2006.07733).
 
-    From a view with hidden patches the encoder predicts, in every patch, the features that a moving average of
-    itself has of the whole of another view: the same place in other colours, perhaps in other bands. Features
-    that follow the colours cannot be predicted; those that follow the place can. Targets are centred per position
-    and scaled per channel over the batch, so that neither a constant nor the position alone is an answer.
+    From a view with hidden patches the encoder predicts, in every patch, the features that a moving average
+    of itself has of the whole of another view: the same place in other colours, perhaps in other bands.
+    Features that follow the colours cannot be predicted; those that follow the place can. Targets are centred
+    per position and scaled per channel over the batch, so that neither a constant nor the position alone is
+    an answer.
 
     forward: two views (B, 3, H, W), normalised, and the mask (B, h, w) → mean squared error.
     """
@@ -125,8 +126,8 @@ class Hide(nn.Module):
         self.patch_size = encoder.image_size[0] // self.grid_size[0]
         if min(self.grid_size) <= MASK_BLOCK:
             raise ValueError(
-                f"--image-size {min(encoder.image_size)}: too small to hide patches of {self.patch_size} pixels "
-                f"in; give at least {(MASK_BLOCK + 1) * self.patch_size}"
+                f"--image-size {min(encoder.image_size)}: too small to hide patches of {self.patch_size} "
+                f"pixels in; give at least {(MASK_BLOCK + 1) * self.patch_size}"
             )
         self.patch = nn.Parameter(torch.zeros(3, self.patch_size, self.patch_size))
 

@@ -35,6 +35,9 @@ from rsmodels.weights import read_state, save_state
 
 # DINOv2's layer scale starts at 1e-5, for runs of days: its blocks would learn next to nothing in minutes.
 FIRST_LAYER_SCALE = 1.0
+# Positions start as sines and cosines: noise of 0.02 is too small beside the patches to tell places apart,
+# and what is hidden can only be asked for by its place.
+FIRST_POSITION_SCALE, LONGEST_PERIOD = 0.5, 10000.0
 WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.95), 1.0
 UNTIMED_STEPS = 3  # the first ones allocate, and wait for the first scenes
 TIMING_SHARE, TIMING_SECONDS = 0.03, 15.0  # of --minutes, that measuring the length takes
@@ -55,8 +58,8 @@ class Pretrained:
 def pretrain(config: PretrainConfig) -> Pretrained:
     """Pretrain as `config` says and write its output file.
 
-    Bad input, and a loss that is not finite, is a ValueError of one line; KeyboardInterrupt follows the state of
-    a run that was asked to stop.
+    Bad input, and a loss that is not finite, is a ValueError of one line; KeyboardInterrupt follows the state
+    of a run that was asked to stop.
     """
     config = resolve(config)
     output = Path(config.output)
@@ -91,7 +94,20 @@ def build_encoder(config: PretrainConfig) -> Any:
         for name, parameter in encoder.named_parameters():
             if name.endswith(".gamma"):
                 parameter.fill_(FIRST_LAYER_SCALE)
+        positions = encoder.pos_embed[
+            :, -encoder.grid_size[0] * encoder.grid_size[1] :
+        ]  # not the class token's
+        positions.copy_(sines(encoder.grid_size, encoder.embed_dim).view_as(positions))
     return encoder
+
+
+def sines(grid_size: tuple[int, int], dim: int) -> Tensor:
+    """(h, w, D): a quarter each of sines and cosines of the row, sines and cosines of the column."""
+    frequency = LONGEST_PERIOD ** -(torch.arange(dim // 4) / (dim // 4))
+    axes = [torch.arange(side)[:, None] * frequency for side in grid_size]
+    rows, columns = (torch.cat([axis.sin(), axis.cos()], dim=1) for axis in axes)
+    grid = [rows[:, None].expand(-1, grid_size[1], -1), columns.expand(grid_size[0], -1, -1)]
+    return FIRST_POSITION_SCALE * torch.cat(grid, dim=2)
 
 
 def fitting_steps(config: PretrainConfig) -> int:
@@ -111,8 +127,8 @@ def fitting_steps(config: PretrainConfig) -> int:
     left = budget - (time.perf_counter() - began)
     steps = max(1, int(left / seconds))
     _say(
-        f"{seconds:.3f} s a step: {steps} steps fit into {config.minutes:g} minutes; --steps {steps} in place of "
-        "--minutes repeats this run"
+        f"{seconds:.3f} s a step: {steps} steps fit into {config.minutes:g} minutes; --steps {steps} in "
+        "place of --minutes repeats this run"
     )
     return steps
 
@@ -253,8 +269,8 @@ def _read_progress(config: PretrainConfig) -> tuple[int, int]:
 
 def _foreign(config: PretrainConfig, reason: str) -> ValueError:
     return ValueError(
-        f"{config.state_path}: {reason}; resume with the options the run was started with, or remove the file to "
-        "start anew"
+        f"{config.state_path}: {reason}; resume with the options the run was started with, or remove the "
+        "file to start anew"
     )
 
 

@@ -27,9 +27,9 @@ BATCH = 8
 def linear_probe(encoder: Any, *, tiles: int = 64, seed: int = 0) -> dict[str, float]:
     """Mean IoU on the source domain and on every target: {"source": 0.6, "region": 0.5, ...}.
 
-    A multinomial logistic regression on the patch features of four evenly spaced blocks, standardised, its logits
-    resized to the pixels; learned on `tiles` tiles of the source domain, measured on as many of each domain that
-    it has not seen.
+    A multinomial logistic regression on the patch features of four evenly spaced blocks, standardised, its
+    logits resized to the pixels; learned on `tiles` tiles of the source domain, measured on as many others of
+    each domain.
     """
     data = SyntheticEarth(split="train", seed=seed, size=_side(encoder), length=tiles, domain=SOURCE)
     features, labels = extract(encoder, data)
@@ -107,5 +107,5 @@ def fit(features: Tensor, labels: Tensor, classes: int) -> Tensor:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return weight.detach()

@@ -1,7 +1,7 @@
-"""Crops of unlabelled scenes of many domains: which scene, which crop and which colours, from seed and step.
+"""Crops of unlabelled scenes of many domains: which scene, where in it and in which colours.
 
-Rendering a scene costs more than a tiny encoder's step over a crop of it. So a window of scenes slides along an
-endless stream: every step lets a few new ones in and cuts its crops from all in the window, each somewhere
+Rendering a scene costs more than a tiny encoder's step over a crop of it. So a window of scenes slides along
+an endless stream: every step lets a few new ones in and cuts its crops from all in the window, each somewhere
 else, mirrored and recoloured. What a step sees is a function of the seed and the step alone.
 
 Shapes: B crops, H/W pixels of a crop, S side of a scene.
@@ -31,14 +31,14 @@ LARGEST_MARGIN = 224  # pixels that a scene is larger than its crops
 WINDOW_SCENES = 512
 WINDOW_BYTES = 256 * 2**20
 FIRST_SCENES = 64  # rendered before the first step; the window grows from there
-# Recolouring: largest changes of a band's mean, of the contrast about it, and of brightness in digital numbers.
+# Recolouring: largest changes of a band's mean, of the contrast about it, of brightness (digital numbers).
 GAIN, CONTRAST, BRIGHTNESS = 0.2, 0.3, 16.0
 
 Place = tuple[Domain, tuple[str, ...]]
 
 
 def places(left_out: set[Domain]) -> list[Place]:
-    """What may be drawn: domains that render all four bands, each with the band sets that may be seen of it."""
+    """What may be drawn: domains that render all four bands, each with the band sets to be seen of it."""
     found = []
     for domain in all_domains():
         if domain.bands == "rgbir":
@@ -92,8 +92,8 @@ class Crops:
         scenes = max(1, min(WINDOW_SCENES, WINDOW_BYTES // (4 * side * side)))
         self.length = -(-scenes // self.entering)  # of the window, in steps
         self.ahead = min(self.length, -(-FIRST_SCENES // self.entering)) - 1
-        # A ring: what enters at step s takes the place of what entered `length` steps before. Copies, for what
-        # comes from a reader process holds a file open.
+        # A ring: what enters at step s takes the place of what entered `length` steps before. Copies, for
+        # what comes from a reader process holds a file open.
         self.scenes = torch.empty(self.length * self.entering, 4, side, side, dtype=torch.uint8)
         self.place_of = [0] * len(self.scenes)
         first, last = self._window(first_step)[0], self._window(steps - 1)[1]

@@ -61,13 +61,17 @@ def a_short_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenes, "FIRST_SCENES", 3)
 
 
-# -------------------------------------------------------------------------------------- what is seen, and how
+# ------------------------------------------------------------------------------------ what is seen, and how
 
 
 def test_five_gaps_start_from_the_source_and_change_what_they_name() -> None:
     assert len(TARGETS) == 5
     for name, target in TARGETS.items():
-        changed = [key for key in ("region", "bands", "platform", "climate") if vars(target)[key] != vars(SOURCE)[key]]
+        changed = [
+            key
+            for key in ("region", "bands", "platform", "climate")
+            if vars(target)[key] != vars(SOURCE)[key]
+        ]
         assert changed == name.split("+")
 
 
@@ -94,7 +98,9 @@ def test_crops_depend_on_seed_and_step_alone() -> None:
     whole = list(make_crops())
     assert all(view.shape == (4, 3, 32, 32) for views in whole for view in views)
     for first_step in (1, 13):  # the window grows, and slides
-        for views, again in zip(whole[first_step:], make_crops(first_step=first_step, workers=1), strict=True):
+        for views, again in zip(
+            whole[first_step:], make_crops(first_step=first_step, workers=1), strict=True
+        ):
             assert all(map(torch.equal, views, again))
     other = next(iter(make_crops(seed=2)))
     assert not torch.equal(other[0], whole[0][0])
@@ -113,7 +119,7 @@ def test_views_show_the_same_place_in_other_colours(monkeypatch: pytest.MonkeyPa
     assert any(differing) and not all(differing)  # rgb against irrg, in about half
 
 
-# ---------------------------------------------------------------------------------------------- what is learned
+# ------------------------------------------------------------------------------------------ what is learned
 
 
 def test_masks_hide_their_share_in_blocks() -> None:
@@ -180,13 +186,15 @@ def test_layer_scale_starts_where_minutes_can_move_it() -> None:
 
 @pytest.mark.parametrize("model", SIZES)
 def test_filling_in_gets_better(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pretrain(small(tmp_path / "x.safetensors", model=model, objective="mim", steps=40, batch_size=8, log_every=10))
+    pretrain(
+        small(tmp_path / "x.safetensors", model=model, objective="mim", steps=24, batch_size=8, log_every=6)
+    )
     lines = [line for line in capsys.readouterr().err.splitlines() if "loss" in line]
     losses = [float(line.split("loss ")[1].split()[0]) for line in lines]
     assert len(losses) == 4 and losses[-1] < 0.95 * losses[0]
 
 
-# ---------------------------------------------------------------------------------------- runs and their files
+# --------------------------------------------------------------------------------------- runs and their files
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
@@ -263,9 +271,7 @@ def test_rs_sam_reads_it_without_a_mismatch(tmp_path: Path) -> None:
 def test_the_command_pretrains_probes_and_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        pretraining, "linear_probe", lambda encoder: probe.linear_probe(encoder, tiles=2)
-    )
+    monkeypatch.setattr(pretraining, "linear_probe", lambda encoder: probe.linear_probe(encoder, tiles=2))
     monkeypatch.setattr(probe, "ITERATIONS", 3)
     words = f"pretrain --output {tmp_path / 'new' / 'x.safetensors'} --minutes 0.003 --image-size 56"
     assert main([*words.split(), "--batch-size", "2", "--num-workers", "0", "--device", "cpu"]) == 0
@@ -275,7 +281,7 @@ def test_the_command_pretrains_probes_and_prints(
     assert f"pretrain: {steps}/{steps}: loss" in err
     rows = [line.split() for line in out.splitlines()]
     assert rows[0][-2:] == ["random", "pretrained"] and rows[-1] == [str(tmp_path / "new" / "x.safetensors")]
-    assert [row[0] for row in rows[1:7]] == ["source", *TARGETS] and rows[7][:4] == "mean of the targets".split()
+    assert [row[0] for row in rows[1:7]] == ["source", *TARGETS] and rows[7][3] == "targets"
     assert all(0 <= float(row[-1]) <= 100 for row in rows[1:8])
 
 
@@ -283,7 +289,9 @@ def test_ctrl_c_is_130(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stop_after(monkeypatch, 1)
-    words = f"pretrain --output {tmp_path}/x.safetensors --steps 3 --image-size 56 --batch-size 2 --num-workers 0"
+    words = (
+        f"pretrain --output {tmp_path}/x.safetensors --steps 3 --image-size 56 --batch-size 2 --num-workers 0"
+    )
     assert main(words.split()) == 130
     assert (tmp_path / "x.resume.safetensors").is_file()
     assert capsys.readouterr().err.endswith("rsmodels: interrupted\n")
@@ -310,7 +318,10 @@ def test_ctrl_c_is_130(
         ("--seed -1", "--seed must be 0 or more, not -1"),
         ("--steps 3 --minutes 1", "--steps 3 and --minutes 1 both set the length; give one"),
         ("--batch-size 1", "--batch-size 1: --objective distill compares the crops of a batch"),
-        ("--image-size 60", "image_size=60: expected one size or (H, W), in pixels, each a positive multiple of 14"),
+        (
+            "--image-size 60",
+            "image_size=60: expected one size or (H, W), in pixels, each a positive multiple of 14",
+        ),
         ("--image-size 28", "--image-size 28: too small to hide patches of 14 pixels in; give at least 42"),
         ("--leave-out climate=martian", "domain climate='martian' is unknown"),
         ("--leave-out bands=rgb,bands=irrg", "each at most once"),
@@ -353,7 +364,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
 def test_the_probe_finds_what_is_linear() -> None:
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, 3, (4, 6, 6), generator=generator)
-    features = torch.nn.functional.one_hot(labels, 3).float() + 0.1 * torch.randn(4, 6, 6, 3, generator=generator)
+    features = torch.nn.functional.one_hot(labels, 3).float() + 0.1 * torch.randn(
+        4, 6, 6, 3, generator=generator
+    )
     weight = probe.fit(features, labels, 3)
     assert probe.logits_of(features, weight, (6, 6)).argmax(1).eq(labels).all()
     ignored = torch.full_like(labels, 255)

@@ -1,9 +1,9 @@
 """The synthetic twin of CrossEarth's benchmark: its five kinds of domain gap, on generated scenes.
 
-One source domain, and one target for each kind of gap in Table 1 of the paper (unseen region; unseen spectral
-band; unseen region and spectral band; unseen region and platform; unseen region and climate). Each property
-has one unseen value, the same in every target that changes it, so that leaving out the values is possible too.
-Whoever learns from unlabelled scenes leaves the targets out: see `left_out`.
+One source domain, and one target for each kind of gap in Table 1 of the paper (unseen region; unseen
+spectral band; unseen region and spectral band; unseen region and platform; unseen region and climate). Each
+property has one unseen value, the same in every target that changes it, so that leaving out the values is
+possible too. Whoever learns from unlabelled scenes leaves the targets out: see `left_out`.
 """
 
 from __future__ import annotations
