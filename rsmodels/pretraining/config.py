@@ -44,7 +44,7 @@ class PretrainConfig:
     """File for the encoder's weights, NAME.safetensors: what --pretrained and --teacher-weights read."""
     model: str = "dinov2_vit_tiny"
     """Name of an encoder, for example sam_vit_tiny."""
-    objective: Literal["mim", "distill"] = "distill"
+    objective: Literal["mim", "distill"] = "mim"
     """mim: fill in masked pixels; distill: predict, from a masked view, the features that a moving average of
     the encoder has of the whole."""
     data: Literal["synthetic"] = "synthetic"
@@ -60,7 +60,7 @@ class PretrainConfig:
     minutes: float | None = None
     """Time that the steps may take, where no --steps are given: the first seconds measure how many fit
     (default: 15)."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Crops per optimiser step."""
     lr: float = 1e-3
     """Learning rate after the warm-up, which takes a tenth of the steps, at most 250."""

@@ -35,9 +35,6 @@ from rsmodels.weights import read_state, save_state
 
 # DINOv2's layer scale starts at 1e-5, for runs of days: its blocks would learn next to nothing in minutes.
 FIRST_LAYER_SCALE = 1.0
-# Positions start as sines and cosines: noise of 0.02 is too small beside the patches to tell places apart,
-# and what is hidden can only be asked for by its place.
-FIRST_POSITION_SCALE, LONGEST_PERIOD = 0.5, 10000.0
 WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.95), 1.0
 UNTIMED_STEPS = 3  # the first ones allocate, and wait for the first scenes
 TIMING_SHARE, TIMING_SECONDS = 0.03, 15.0  # of --minutes, that measuring the length takes
@@ -94,20 +91,7 @@ def build_encoder(config: PretrainConfig) -> Any:
         for name, parameter in encoder.named_parameters():
             if name.endswith(".gamma"):
                 parameter.fill_(FIRST_LAYER_SCALE)
-        positions = encoder.pos_embed[
-            :, -encoder.grid_size[0] * encoder.grid_size[1] :
-        ]  # not the class token's
-        positions.copy_(sines(encoder.grid_size, encoder.embed_dim).view_as(positions))
     return encoder
-
-
-def sines(grid_size: tuple[int, int], dim: int) -> Tensor:
-    """(h, w, D): a quarter each of sines and cosines of the row, sines and cosines of the column."""
-    frequency = LONGEST_PERIOD ** -(torch.arange(dim // 4) / (dim // 4))
-    axes = [torch.arange(side)[:, None] * frequency for side in grid_size]
-    rows, columns = (torch.cat([axis.sin(), axis.cos()], dim=1) for axis in axes)
-    grid = [rows[:, None].expand(-1, grid_size[1], -1), columns.expand(grid_size[0], -1, -1)]
-    return FIRST_POSITION_SCALE * torch.cat(grid, dim=2)
 
 
 def fitting_steps(config: PretrainConfig) -> int:

@@ -298,7 +298,7 @@ def test_ctrl_c_is_130(
     for more, message in (
         ("", "a run was stopped here"),
         (" --resume auto --lr 1", "it was written with lr 0.001, this run has 1.0; resume with the options"),
-        (" --resume auto --objective mim", "it was written with objective distill, this run has mim"),
+        (" --resume auto --objective distill", "it was written with objective mim, this run has distill"),
         (" --resume auto --steps 4", "it was written with steps 3, this run has 4"),
     ):
         assert main((words + more).split()) == 2
@@ -317,7 +317,10 @@ def test_ctrl_c_is_130(
         ("--steps 0", "--steps must be above 0, not 0"),
         ("--seed -1", "--seed must be 0 or more, not -1"),
         ("--steps 3 --minutes 1", "--steps 3 and --minutes 1 both set the length; give one"),
-        ("--batch-size 1", "--batch-size 1: --objective distill compares the crops of a batch"),
+        (
+            "--objective distill --batch-size 1",
+            "--batch-size 1: --objective distill compares the crops of a batch",
+        ),
         (
             "--image-size 60",
             "image_size=60: expected one size or (H, W), in pixels, each a positive multiple of 14",
