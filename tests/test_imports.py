@@ -25,8 +25,9 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "evaluation": {"data", "registry"},
     "training": {"data", "evaluation", "registry"},
+    "pretraining": {"data", "evaluation", "training", "registry", "weights"},
     "predict": {"data", "evaluation", "registry"},
-    "cli": {"data", "evaluation", "training", "predict", "registry"},
+    "cli": {"data", "evaluation", "training", "pretraining", "predict", "registry"},
 }
 USES_KERNELS = {"layers", "encoders", "heads", "methods", "training", "evaluation", "cli", "registry"}
 # What an import inside a function may name: extras and the compiled part, which a plain install lacks.

@@ -14,6 +14,9 @@ from rsmodels.evaluation import evaluate as evaluation
 from rsmodels.evaluation.inference import pick_device
 from rsmodels.evaluation.report import table
 from rsmodels.predict import PredictConfig, predict_scenes
+from rsmodels.pretraining import pretrain as pretraining
+from rsmodels.pretraining.config import PretrainConfig
+from rsmodels.pretraining.probe import probe_table
 from rsmodels.registry import create_model, list_models, parameter_counts
 from rsmodels.training import trainer
 from rsmodels.training.config import TrainConfig
@@ -75,6 +78,14 @@ def predict(config: PredictConfig) -> int:
     if failed == 0:
         return 0
     return 2 if failed == len(config.scenes) else 3
+
+
+def pretrain(config: PretrainConfig) -> int:
+    made = pretraining.pretrain(config)
+    if made.probe:
+        print(probe_table(made.probe))
+    print(made.output)
+    return 0
 
 
 def check_data(config: CheckDataConfig) -> int:

@@ -1,0 +1,151 @@
+"""What a pretraining can be told: one dataclass, whose fields are the command line."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Literal
+
+from rsmodels.registry import Preprocessing, list_encoders
+
+# ImageNet's, in 8-bit units, as SAM and DINOv2 and the methods on top of them normalise.
+PREPROCESSING = Preprocessing((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+DEFAULT_MINUTES = 15.0
+# Options that may differ between a run and the one that goes on with it: they do not change what is learned.
+FREE = (
+    "output",
+    "steps",
+    "minutes",
+    "num_workers",
+    "checkpoint_every",
+    "log_every",
+    "probe",
+    "resume",
+    "debug",
+)
+
+
+class Purpose(IntEnum):
+    """What a derived seed is for: two purposes never share random numbers. The values are part of a run."""
+
+    WEIGHTS = 0
+    DOMAIN = 1
+    CROPS = 2
+    MASKS = 3
+
+
+@dataclass
+class PretrainConfig:
+    """One pretraining."""
+
+    output: str
+    """File for the encoder's weights, NAME.safetensors: what --pretrained and --teacher-weights read."""
+    model: str = "dinov2_vit_tiny"
+    """Name of an encoder, for example sam_vit_tiny."""
+    objective: Literal["mim", "distill"] = "mim"
+    """mim: fill in masked pixels; distill: predict, from a masked view, the features that a moving average of
+    the encoder has of the whole."""
+    data: Literal["synthetic"] = "synthetic"
+    """Where the unlabelled scenes come from."""
+    leave_out: str = ""
+    """Domains to leave out besides the benchmark's targets, with blanks between them; one may be named in
+    part: 'region=coast bands=irrg,climate=arid'."""
+    image_size: int | None = None
+    """Side of the crops in pixels (default: the encoder's own size)."""
+
+    steps: int | None = None
+    """Optimiser steps (default: see --minutes)."""
+    minutes: float | None = None
+    """Time that the steps may take, where no --steps are given: the first seconds measure how many fit
+    (default: 15)."""
+    batch_size: int = 16
+    """Crops per optimiser step."""
+    lr: float = 1e-3
+    """Learning rate after the warm-up, which takes a tenth of the steps, at most 250."""
+    seed: int = 0
+    """Seed of the weights, the scenes and everything random."""
+    num_workers: int | None = None
+    """Processes that render scenes ahead (default: the cores less one, at most 4)."""
+    device: str | None = None
+    """cpu or cuda (default: cuda where there is one)."""
+    dtype: Literal["fp32", "bf16"] | None = None
+    """Compute type; bf16 is autocast over fp32 weights (default: bf16 on cuda, fp32 on cpu)."""
+
+    resume: Literal["auto"] | None = None
+    """auto: go on from where a run to the same --output was stopped, or start where there was none."""
+    checkpoint_every: int = 500
+    """Steps between states to resume from; one is always written on Ctrl-C."""
+    log_every: int = 50
+    """Steps between lines of progress."""
+    probe: bool = True
+    """Measure the features at the end: a linear classifier on them, against the same encoder untrained."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    @property
+    def state_path(self) -> Path:
+        """What a stopped run leaves: beside the output, gone when that is written."""
+        return Path(self.output).with_suffix(".resume.safetensors")
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between a stopped run and the one that goes on with it."""
+        return {key: value for key, value in vars(self).items() if key not in FREE}
+
+
+def resolve(config: PretrainConfig) -> PretrainConfig:
+    """Check everything that needs no model; ValueError in one line."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("pretrain runs in one process; start it as `rsmodels pretrain`, without torchrun")
+    if config.model not in list_encoders():
+        raise ValueError(
+            f"--model {config.model!r}: no such encoder; choose one of {', '.join(list_encoders())}"
+        )
+    positive = {
+        "--steps": config.steps,
+        "--minutes": config.minutes,
+        "--image-size": config.image_size,
+        "--batch-size": config.batch_size,
+        "--lr": config.lr,
+        "--checkpoint-every": config.checkpoint_every,
+        "--log-every": config.log_every,
+    }
+    for option, number in positive.items():
+        if number is not None and not number > 0:
+            raise ValueError(f"{option} must be above 0, not {number}")
+    for option, number in {"--seed": config.seed, "--num-workers": config.num_workers}.items():
+        if number is not None and number < 0:
+            raise ValueError(f"{option} must be 0 or more, not {number}")
+    if config.objective == "distill" and config.batch_size < 2:
+        raise ValueError(
+            f"--batch-size {config.batch_size}: --objective distill compares the crops of a batch; give at "
+            "least 2"
+        )
+    if config.steps is not None and config.minutes is not None:
+        raise ValueError(
+            f"--steps {config.steps} and --minutes {config.minutes:g} both set the length; give one"
+        )
+    _check_output(config)
+    minutes = DEFAULT_MINUTES if config.steps is None and config.minutes is None else config.minutes
+    return replace(config, minutes=minutes)
+
+
+def _check_output(config: PretrainConfig) -> None:
+    """Asked before the first step: a run must not end in an error about its file."""
+    output = Path(config.output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"--output {output}: expected a file name that ends in .safetensors")
+    if output.is_dir():
+        raise ValueError(f"--output {output}: is a folder; give a file name")
+    if config.resume is None:
+        if output.exists():
+            raise ValueError(f"--output {output}: already exists; give another name, or remove it")
+        if config.state_path.exists():
+            raise ValueError(
+                f"--output {output}: a run was stopped here ({config.state_path}); go on with --resume auto, "
+                "give another name, or remove that file"
+            )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(output.parent, os.W_OK):
+        raise PermissionError(f"--output {output}: the folder {output.parent} is not writable")
