@@ -146,8 +146,8 @@ def _check(
 # ---------------------------------------------------------------- registration
 # One private operator serves both: `a` and `b` list the matrices of the updates, and `first_columns` the
 # output column at which each update starts. The large product is rskernels::linear_forward, so it is
-# whatever serves `linear`. It also returns x Aᵀ (..., sum of ranks) for the gradients of B, in float32 for half
-# precision, or an empty tensor without keep_xa. docs/kernels/lora.md has the formulas.
+# whatever serves `linear`. It also returns x Aᵀ (..., sum of ranks) for the gradients of B, in float32 for
+# half precision, or an empty tensor without keep_xa. docs/kernels/lora.md has the formulas.
 
 
 def _xa_dtype(dtype: torch.dtype) -> torch.dtype:
