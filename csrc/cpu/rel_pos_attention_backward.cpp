@@ -25,6 +25,9 @@ namespace {
 
 constexpr int64_t kEnoughTasks = 24; // fewer units than this are cut into parts
 constexpr int64_t kMostSlices = 64;  // partial sums of the tables' gradients
+// Padded tokens whose gradients are added up before they join a slice's sum: one by one, terms that are alike all
+// round to one side.
+constexpr int64_t kPadsTogether = 32;
 
 struct Cut {
   int64_t parts, tasks, slices;
@@ -92,6 +95,7 @@ class Backward {
     }
     for (float** rows : {&lse_, &delta_}) *rows = scratch_.take<float>(query_tile_);
     dq_rows_ = scratch_.take<float>(query_tile_ * row);
+    pads_ = scratch_.take<float>(2 * row);
     if (!tables.defined()) return;
     grad_h_ = scratch_.take<float>(query_tile_ * round_up(layout.window_h, kVector));
     grad_w_ = scratch_.take<float>(query_tile_ * round_up(layout.window_w, kVector));
@@ -246,14 +250,27 @@ class Backward {
           prefetch_next_head(to, dim);
           prefetch_next_head(to + embed, dim);
         } else if (call_.wanted.pad) {
-          float* sums = call_.pad_sums.template data_ptr<float>() + slice_ * 3 * embed + first;
-          for (int64_t c = 0; c < dim; ++c) {
-            sums[c] += dk[c] * layout_.scale;
-            sums[embed + c] += dv[c];
+          for (int64_t c = 0; c < row; ++c) {
+            pads_[c] += dk[c];
+            pads_[row + c] += dv[c];
           }
+          if (++pad_count_ == kPadsTogether) add_pads(first);
         }
       }
     }
+    if (pad_count_ > 0) add_pads(first);
+  }
+
+  // Moves what pads_ holds to the slice's sums, k from channel `first` on.
+  void add_pads(int64_t first) {
+    const int64_t row = layout_.row_size, embed = layout_.embed;
+    float* sums = call_.pad_sums.template data_ptr<float>() + slice_ * 3 * embed + first;
+    for (int64_t c = 0; c < layout_.dim; ++c) {
+      sums[c] += pads_[c] * layout_.scale;
+      sums[embed + c] += pads_[row + c];
+    }
+    std::fill_n(pads_, 2 * row, 0.0f);
+    pad_count_ = 0;
   }
 
   const Layout& layout_;
@@ -277,6 +294,7 @@ class Backward {
   //   of a unit      k_rows_, v_rows_     keys x row              scores = K q^T, dp = V do^T: left
   //                  k_pairs_             keys x row              dq += ds^T K: right
   //                  dk_, dv_             keys x row              sums over the query tiles
+  //                  pads_                2 x row                 dk and dv of some padded tokens
   //   of the query   queries_.rows, do_rows_                      queries x row, what follows is made of
   //   tile           queries_.right, do_right_   row x lanes      scores, dp: right
   //                  q_pairs_, do_pairs_  queries x row           dK += ds q, dV += p do: right
@@ -292,10 +310,10 @@ class Backward {
   Operand *k_rows_, *k_pairs_, *v_rows_;
   Operand *do_rows_, *do_right_, *do_pairs_, *q_pairs_, *p_rows_, *ds_rows_, *ds_pairs_;
   const Operand *do_by_query_, *q_by_query_, *grad_by_query_ = nullptr;
-  float *dk_, *dv_, *scores_, *dp_, *lse_, *delta_, *dq_rows_;
+  float *dk_, *dv_, *scores_, *dp_, *lse_, *delta_, *dq_rows_, *pads_;
   float *grad_h_ = nullptr, *grad_w_ = nullptr, *grad_products_ = nullptr;
   Operand *grad_rows_ = nullptr, *grad_pairs_ = nullptr;
-  int64_t slice_ = 0;
+  int64_t slice_ = 0, pad_count_ = 0;
 };
 
 // The sum of the rows of `parts`, first to last.
