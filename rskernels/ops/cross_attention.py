@@ -104,7 +104,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"cross_attention: mask is {found}; expected a torch.bool tensor, True = attend")
+        raise TypeError(f"cross_attention: mask is {found}; expected torch.bool, True = attend")
     if tuple(mask.shape) != (batch, queries, keys):
         raise ValueError(
             f"cross_attention: mask has shape {tuple(mask.shape)}; expected ({batch}, {queries}, {keys})"
