@@ -3,6 +3,7 @@
 import argparse
 import sys
 
+from rskernels.dispatch import check_requested
 from rskernels.explain import explain
 from rskernels.tune import tune
 
@@ -12,11 +13,13 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("explain", help="what serves each operator on this machine, and why")
     commands.add_parser("tune", help="measure which matrix product linear should use, and store it")
-    if parser.parse_args().command == "explain":
-        explain()
-        return 0
+    command = parser.parse_args().command
     try:
-        tune()
+        if command == "explain":
+            explain()
+            check_requested()
+        else:
+            tune()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -86,6 +86,11 @@ def _checked(name: str, source: str) -> str:
 _requested = os.environ.get("RSKERNELS_BACKEND") or "auto"
 
 
+def check_requested() -> None:
+    """Raise ValueError where RSKERNELS_BACKEND names no backend."""
+    _checked(_requested, "RSKERNELS_BACKEND")
+
+
 def set_backend(name: str) -> None:
     """Serve operators by `name` from now on: "auto" takes the best there is and falls back to the reference;
     any other name raises ValueError at the call that it cannot serve."""
@@ -139,7 +144,7 @@ def choose(op: str, *tensors: Tensor | None, without: Mapping[str, str] | None =
     ruled_out = _requested in UNAVAILABLE or (without is not None and _requested in without)
     if _requested in candidates and not ruled_out:
         return _requested
-    _checked(_requested, "RSKERNELS_BACKEND")
+    check_requested()
     raise ValueError(_refusal(op, device, dtype, without))
 
 

@@ -6,7 +6,7 @@ adds CPU kernels to them (TORCH_LIBRARY_IMPL); until it does, the reference give
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -48,6 +48,27 @@ def once_differentiable(name: str) -> None:
         )
 
     differentiate(name, backward, lambda ctx, inputs, output: None)
+
+
+def check_tensors(op: str, tensors: Mapping[str, Any], *, optional: Collection[str] = ()) -> None:
+    """Refuse, by name, what is no floating-point tensor, or not on the device of the first; those named in
+    `optional` may be None."""
+    lead, device = "", None
+    for name, tensor in tensors.items():
+        if tensor is None and name in optional:
+            continue
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise TypeError(f"{op}: {name} is {_found(tensor)}; expected a floating-point tensor")
+        if device is None:
+            lead, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, {lead} on {device}")
+
+
+def _found(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return str(value.dtype)
+    return "None" if value is None else type(value).__name__
 
 
 def check_finite(op: str, name: str, value: float, expected: str = "a finite number") -> None:

@@ -31,6 +31,7 @@ KEYS = tuple(f"{dtype}/{which}/{shape}" for dtype in DTYPES for which in PASSES 
 _table: dict[str, str] = {}
 _small: dict[str, str] = {}
 _source = ""
+_cause = ""  # why the default rule holds, for describe(): a record must not tell where files lie
 
 
 def default_table() -> dict[str, str]:
@@ -59,7 +60,7 @@ def record() -> dict[str, Any]:
 
 def restore(saved: Mapping[str, Any]) -> None:
     """Use a table that `record` gave, so that a resumed run computes with the same products."""
-    _use(_checked(saved, "restore"), str(saved.get("source", "restored")))
+    _use(_checked(saved, "restore"), str(saved.get("source", "restored")), "restored from a record")
 
 
 def use(saved: Mapping[str, Any], source: str) -> None:
@@ -79,10 +80,21 @@ def path() -> Path | None:
 
 
 def load() -> None:
-    """Read the stored table (once, at import); a file that cannot be used is ignored with a warning."""
+    """Read the stored table (once, at import); a file that cannot be used, or that RSKERNELS_TUNING names and
+    that does not exist, is ignored with a warning."""
     file = path()
-    if file is None or not file.exists():
-        _use(default_table(), "default rule")
+    if file is None:
+        _use(default_table(), "default rule", "RSKERNELS_TUNING is 'off'")
+        return
+    if not file.exists():
+        if os.environ.get("RSKERNELS_TUNING"):
+            warnings.warn(
+                f"rskernels: RSKERNELS_TUNING names {file}, which does not exist; the default rule serves "
+                "(`python -m rskernels tune` measures and writes it)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        _use(default_table(), "default rule", f"{file} does not exist")
         return
     try:
         try:
@@ -92,13 +104,14 @@ def load() -> None:
         use(saved, str(file))
     except (OSError, ValueError) as error:
         warnings.warn(f"rskernels: ignoring the tuning table: {error}", RuntimeWarning, stacklevel=2)
-        _use(default_table(), "default rule")
+        _use(default_table(), "default rule", f"{file} cannot be used")
 
 
 def describe() -> list[str]:
     """What explain() prints about the table."""
     taken = sorted({key.rsplit("/", 2)[0] for key, product in _table.items() if product == "onednn"})
-    return [f"linear's products: {_source}; through oneDNN for {', '.join(taken) if taken else 'nothing'}"]
+    source = f"{_source} ({_cause})" if _cause else _source
+    return [f"linear's products: {source}; through oneDNN for {', '.join(taken) if taken else 'nothing'}"]
 
 
 def _checked(saved: Any, source: str) -> dict[str, str]:
@@ -114,9 +127,9 @@ def _checked(saved: Any, source: str) -> dict[str, str]:
     return {key: products[key] for key in KEYS}
 
 
-def _use(table: dict[str, str], source: str) -> None:
-    global _table, _small, _source
-    _table, _source = table, source
+def _use(table: dict[str, str], source: str, cause: str = "") -> None:
+    global _table, _small, _source, _cause
+    _table, _source, _cause = table, source, cause
     _small = {}
     for dtype in DTYPES:
         products = {table[key] for key in KEYS if key.startswith(dtype) and key.endswith("/small")}

@@ -22,9 +22,9 @@
 
 namespace rskernels::cross {
 
-template <typename Io, typename Tile>
-const Kernels<Io, Tile>& kernels() {
-  return RSK_AT_ISA_LEVEL(cross_simd::kKernels<Io, Tile>);
+template <typename Io, typename Operand>
+const Kernels<Io, Operand>& kernels() {
+  return RSK_AT_ISA_LEVEL(cross_simd::kKernels<Io, Operand>);
 }
 template const Kernels<float, float>& kernels();
 template const Kernels<at::BFloat16, float>& kernels();
@@ -32,8 +32,7 @@ template const Kernels<at::BFloat16, at::BFloat16>& kernels();
 
 namespace {
 
-// Tiles of at most 64 queries x 256 keys; rows of large head dims would not fit the second-level cache.
-constexpr int64_t kLargestQueryTile = 64, kLargestKeyTile = 256, kLargeDim = 256;
+constexpr int64_t kLargeDim = 256;
 constexpr int64_t kEnoughTasks = 64;
 constexpr int64_t kFewQueryTiles = 2, kLeastKeyTilesOfPart = 2;
 constexpr int64_t kFewQueries = 16;
@@ -102,11 +101,11 @@ struct Parts {
   }
 };
 
-template <typename Io, typename Tile>
-class Forward : Worker<Io, Tile> {
+template <typename Io, typename Operand>
+class Forward : Worker<Io, Operand> {
  public:
   Forward(const Layout& layout, const Cut& cut, const Parts& parts, const Tensors& call)
-      : Worker<Io, Tile>(layout),
+      : Worker<Io, Operand>(layout),
         cut_(cut),
         parts_(parts),
         q_(call.q),
@@ -115,13 +114,13 @@ class Forward : Worker<Io, Tile> {
         out_(call.out),
         lse_(call.lse.data_ptr<float>()) {
     const int64_t queries = layout.query_tiles.size, row = layout.row_size;
-    for (Tile** rows : {&k_rows_, &v_rows_, &v_left_}) *rows = scratch_.template take<Tile>(this->keys_size());
-    q_right_ = scratch_.template take<Tile>(queries * row);
+    for (Operand** keys : {&k_rows_, &v_columns_}) *keys = scratch_.template take<Operand>(this->keys_size());
+    q_right_ = scratch_.template take<Operand>(queries * row);
     scores_ = scratch_.template take<float>(layout.key_tiles.size * queries);
-    if constexpr (std::is_same_v<Tile, float>) {
+    if constexpr (std::is_same_v<Operand, float>) {
       p_ = scores_;
     } else {
-      p_ = scratch_.template take<Tile>(layout.key_tiles.size * queries);
+      p_ = scratch_.template take<Operand>(layout.key_tiles.size * queries);
     }
     for (float** lanes : {&old_largest_, &factors_}) *lanes = scratch_.template take<float>(queries);
     own_result_ = scratch_.template take<float>(queries * (row + 2));
@@ -131,8 +130,8 @@ class Forward : Worker<Io, Tile> {
     const Task task = cut_.task(index);
     if (task.first_query_tile == task.last_query_tile) return;
     this->pack_keys(k_, task, k_rows_);
-    this->pack_values(v_, task, v_rows_);
-    this->transpose_keys(task, v_rows_, v_left_);
+    this->pack_key_columns(v_, task, v_columns_);
+    this->drop_first(task, v_columns_, std::is_same_v<Operand, float> ? 1 : 2);
     for (int64_t tile = task.first_query_tile; tile < task.last_query_tile; ++tile) attend(task, tile);
   }
 
@@ -147,9 +146,9 @@ class Forward : Worker<Io, Tile> {
   }
 
  private:
-  using Worker<Io, Tile>::layout_;
-  using Worker<Io, Tile>::simd_;
-  using Worker<Io, Tile>::scratch_;
+  using Worker<Io, Operand>::layout_;
+  using Worker<Io, Operand>::simd_;
+  using Worker<Io, Operand>::scratch_;
 
   void set_result(float* to, int64_t lanes) {
     out_t_ = to;
@@ -176,14 +175,14 @@ class Forward : Worker<Io, Tile> {
   // Online softmax: one more tile of keys and values, packed from `at` on.
   void attend_to(const ScoreTile& tile, int64_t at, bool first) {
     const int64_t lanes = tile.lanes, dim = layout_.dim;
-    tile_product(tile.keys, lanes, depth<Tile>(dim), k_rows_ + at, layout_.row_size, q_right_, lanes, scores_,
-        lanes, false);
+    tile_product(tile.keys, lanes, depth<Operand>(dim), k_rows_ + at, layout_.row_size, q_right_, lanes,
+        scores_, lanes, false);
     std::copy_n(largest_, lanes, old_largest_);
     simd_.row_max(tile, scores_, largest_);
     if (!first) simd_.rescale(lanes, old_largest_, largest_, sums_, out_t_, dim);
     simd_.softmax(tile, scores_, largest_, sums_, p_);
-    tile_product(dim, lanes, depth<Tile>(tile.keys), v_left_ + at, layout_.key_tiles.size, p_, lanes, out_t_,
-        lanes, !first);
+    tile_product_columns(dim, lanes, depth<Operand>(tile.keys), v_columns_ + at, layout_.row_size, p_, lanes,
+        out_t_, lanes, !first);
   }
 
   void write(int64_t batch, int64_t head, int64_t query_tile) {
@@ -199,18 +198,12 @@ class Forward : Worker<Io, Tile> {
   const Rows<const Io> q_, k_, v_;
   const Rows<Io> out_;
   float* lse_;
-  Tile *k_rows_, *v_rows_, *v_left_, *q_right_, *p_;
+  Operand *k_rows_, *v_columns_, *q_right_, *p_;
   float *scores_, *old_largest_, *factors_, *own_result_;
   float *out_t_, *largest_, *sums_; // of the query tile at hand
 };
 
-template <typename Forward>
-struct Merge {
-  Forward forward;
-  void run(int64_t index) { forward.merge(index); }
-};
-
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 void forward(const Layout& layout, const Tensors& call) {
   // Several tasks only where there are few: each packs its keys again. A query's result does not depend on
   // the cut of the queries.
@@ -218,10 +211,11 @@ void forward(const Layout& layout, const Tensors& call) {
   const int64_t most = layout.key_parts > 1 ? 1 : layout.query_tiles.count;
   const Cut cut{layout, std::clamp<int64_t>((wanted + tasks - 1) / tasks, 1, most)};
   const Parts parts(layout, call.q.options().dtype(at::kFloat));
-  const auto worker = [&] { return Forward<Io, Tile>(layout, cut, parts, call); };
+  const auto worker = [&] { return Forward<Io, Operand>(layout, cut, parts, call); };
   run_tasks(cut.tasks(), 1, worker);
   if (layout.key_parts == 1) return;
-  run_tasks(layout.units() * layout.query_tiles.count, 1, [&] { return Merge<Forward<Io, Tile>>{worker()}; });
+  run_tasks(layout.units() * layout.query_tiles.count, 1,
+      [&] { return TasksOf<&Forward<Io, Operand>::merge>{worker()}; });
 }
 
 std::tuple<at::Tensor, at::Tensor> cross_attention_forward(const at::Tensor& q, const at::Tensor& k,
@@ -236,12 +230,9 @@ std::tuple<at::Tensor, at::Tensor> cross_attention_forward(const at::Tensor& q, 
     forward_of_few_keys(layout, call);
   } else if (layout.by_rows) {
     forward_by_rows(layout, mask, call);
-  } else if (q.scalar_type() == at::kFloat) {
-    forward<float, float>(layout, call);
-  } else if (has_bf16_tiles()) {
-    forward<at::BFloat16, at::BFloat16>(layout, call);
   } else {
-    forward<at::BFloat16, float>(layout, call);
+    with_operand_types(q.scalar_type(),
+        [&](auto io, auto operand) { forward<decltype(io), decltype(operand)>(layout, call); });
   }
   return {call.out, call.lse};
 }

@@ -29,21 +29,20 @@ struct GradientTile : ScoreTile {
 };
 
 // Vector passes, chosen by instruction set (cross_attention_simd.h).
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 struct Kernels {
   void (*pack_rows)(
-      const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Tile* to, int64_t to_stride);
+      const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Operand* to, int64_t to_stride);
   void (*write_rows)(const float* from, int64_t from_stride, int64_t rows, int64_t dim, float factor, Io* to,
       int64_t to_stride);
   void (*write_columns)(const float* from, int64_t lanes, int64_t dim, const float* factors, int64_t columns,
       Io* to, int64_t to_stride);
-  void (*transpose_left)(
-      const Tile* from, int64_t from_stride, int64_t rows, int64_t columns, Tile* to, int64_t to_stride);
   void (*load_rows)(
-      const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Tile* to, int64_t to_stride);
-  void (*load_columns)(const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Tile* to, int64_t lanes);
+      const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Operand* to, int64_t to_stride);
+  void (*load_columns)(
+      const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Operand* to, int64_t lanes);
   void (*row_max)(const ScoreTile& tile, const float* scores, float* largest);
-  void (*softmax)(const ScoreTile& tile, const float* scores, const float* largest, float* sums, Tile* out);
+  void (*softmax)(const ScoreTile& tile, const float* scores, const float* largest, float* sums, Operand* out);
   void (*rescale)(
       int64_t lanes, const float* old_largest, const float* largest, float* sums, float* out, int64_t rows);
   void (*merge)(int64_t parts, int64_t part_size, int64_t lanes, int64_t dim, const float* from, float* out,
@@ -52,15 +51,18 @@ struct Kernels {
   void (*dot_rows)(
       const Io* a, int64_t a_stride, const Io* b, int64_t b_stride, int64_t rows, int64_t dim, float* out);
   void (*row_delta)(const GradientTile& tile, float* delta);
-  void (*score_gradient)(const GradientTile& tile, Tile* p_rows, Tile* ds_rows, Tile* ds_pairs);
+  void (*score_gradient)(const GradientTile& tile, Operand* p_rows, Operand* ds_rows, Operand* ds_pairs);
 };
 
-template <typename Io, typename Tile>
-const Kernels<Io, Tile>& kernels();
+template <typename Io, typename Operand>
+const Kernels<Io, Operand>& kernels();
 
 // What the Python function checks, too.
 void check_arguments(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const std::optional<at::Tensor>& mask);
+
+// Of scores: half as many queries where rows of large head dims would not fit the second-level cache.
+constexpr int64_t kLargestQueryTile = 64, kLargestKeyTile = 256;
 
 // Head dim and keys up to which keys are few.
 constexpr int64_t kMostFewKeys = 64, kMostFewDim = 64;
@@ -152,10 +154,10 @@ void forward_by_rows(const Layout& layout, const std::optional<at::Tensor>& mask
 void backward_by_rows(const Layout& layout, const std::optional<at::Tensor>& mask, const Gradients& call);
 
 // What both passes do with a tile.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 class Worker {
  protected:
-  explicit Worker(const Layout& layout) : layout_(layout), simd_(kernels<Io, Tile>()) {}
+  explicit Worker(const Layout& layout) : layout_(layout), simd_(kernels<Io, Operand>()) {}
 
   ScoreTile score_tile(int64_t query_tile, int64_t key_tile) const {
     const int64_t lanes = round_up(layout_.query_tiles.length(query_tile), kVector);
@@ -168,32 +170,33 @@ class Worker {
     return tiles * layout_.key_tiles.size * layout_.row_size;
   }
 
-  // Packs a task's keys or values, as rows.
-  void pack_keys(const Rows<const Io>& rows, const Task& task, Tile* to) const {
+  int64_t keys_of(const Task& task) const {
+    return layout_.key_tiles.begin(task.last_key_tile - 1) + layout_.key_tiles.length(task.last_key_tile - 1) -
+           layout_.key_tiles.begin(task.first_key_tile);
+  }
+
+  // A task's keys or values as the left operand of a product with queries.
+  void pack_keys(const Rows<const Io>& rows, const Task& task, Operand* to) const {
     const int64_t first = layout_.key_tiles.begin(task.first_key_tile);
-    const int64_t last =
-        layout_.key_tiles.begin(task.last_key_tile - 1) + layout_.key_tiles.length(task.last_key_tile - 1);
     simd_.pack_rows(
-        rows.at(task.batch, task.head, first), rows.stride, last - first, layout_.dim, to, layout_.row_size);
+        rows.at(task.batch, task.head, first), rows.stride, keys_of(task), layout_.dim, to, layout_.row_size);
   }
 
-  // The first key's value counts as zero where it is dropped.
-  void pack_values(const Rows<const Io>& rows, const Task& task, Tile* to) const {
-    pack_keys(rows, task, to);
-    if (layout_.drop_first && task.first_key_tile == 0) std::fill_n(to, layout_.row_size, Tile(0));
+  // The same by columns, the left operand of a sum over keys: in fp32 the same rows, in bf16 pairs of them.
+  void pack_key_columns(const Rows<const Io>& rows, const Task& task, Operand* to) const {
+    const int64_t first = layout_.key_tiles.begin(task.first_key_tile);
+    simd_.load_rows(
+        rows.at(task.batch, task.head, first), rows.stride, keys_of(task), layout_.dim, to, layout_.row_size);
   }
 
-  // Packed rows as left operands (dim x keys), tile by tile.
-  void transpose_keys(const Task& task, const Tile* rows, Tile* to) const {
-    for (int64_t t = task.first_key_tile; t < task.last_key_tile; ++t) {
-      const int64_t at = (t - task.first_key_tile) * layout_.key_tiles.size * layout_.row_size;
-      simd_.transpose_left(rows + at, layout_.row_size, layout_.key_tiles.length(t), layout_.dim, to + at,
-          layout_.key_tiles.size);
-    }
+  // The first key's value counts as zero where it is dropped: of rows every value, of pairs every second.
+  void drop_first(const Task& task, Operand* values, int64_t step) const {
+    if (!layout_.drop_first || task.first_key_tile > 0) return;
+    for (int64_t c = 0; c < layout_.row_size; ++c) values[c * step] = Operand(0);
   }
 
   const Layout& layout_;
-  const Kernels<Io, Tile>& simd_;
+  const Kernels<Io, Operand>& simd_;
   Scratch scratch_;
 };
 

@@ -39,11 +39,11 @@ struct Call : Gradients {
   bool keys() const { return wanted[1] || wanted[2]; }
 };
 
-template <typename Io, typename Tile>
-class Backward : Worker<Io, Tile> {
+template <typename Io, typename Operand>
+class Backward : Worker<Io, Operand> {
  public:
   Backward(const Layout& layout, const Cut& cut, const Call& call)
-      : Worker<Io, Tile>(layout),
+      : Worker<Io, Operand>(layout),
         cut_(cut),
         call_(call),
         q_(call.q),
@@ -56,17 +56,19 @@ class Backward : Worker<Io, Tile> {
         dv_out_(call.dv),
         lse_data_(call.lse.const_data_ptr<float>()) {
     const int64_t queries = layout.query_tiles.size, row = layout.row_size, keys = this->keys_size();
-    for (Tile** rows : {&k_rows_, &v_rows_, &k_left_}) *rows = take<Tile>(keys);
+    for (Operand** rows : {&k_rows_, &v_rows_}) *rows = take<Operand>(keys);
+    k_columns_ = std::is_same_v<Operand, float> ? k_rows_ : take<Operand>(keys);
     if (!call.key_sums.defined() && call.keys()) own_sums_ = take<float>(2 * keys);
-    for (Tile** rows : {&q_right_, &q_by_query_, &do_right_, &do_by_query_}) *rows = take<Tile>(queries * row);
+    for (Operand** rows : {&q_right_, &q_by_query_, &do_right_, &do_by_query_})
+      *rows = take<Operand>(queries * row);
     const int64_t tile = layout.key_tiles.size * queries;
     scores_ = take<float>(tile);
     dp_ = take<float>(tile);
-    if constexpr (std::is_same_v<Tile, float>) {
+    if constexpr (std::is_same_v<Operand, float>) {
       p_rows_ = scores_;
       ds_rows_ = ds_pairs_ = dp_;
     } else {
-      for (Tile** rows : {&p_rows_, &ds_rows_, &ds_pairs_}) *rows = take<Tile>(tile);
+      for (Operand** rows : {&p_rows_, &ds_rows_, &ds_pairs_}) *rows = take<Operand>(tile);
     }
     for (float** lanes : {&lse_, &delta_, &factors_}) *lanes = take<float>(queries);
     std::fill_n(factors_, queries, layout.scale);
@@ -79,7 +81,7 @@ class Backward : Worker<Io, Tile> {
     for (int64_t tile = task.first_query_tile; tile < task.last_query_tile; ++tile) add_queries(task, tile);
     if (own_sums_ == nullptr) return;
     const int64_t first = layout_.key_tiles.begin(task.first_key_tile);
-    write_keys(task.batch, task.head, first, keys_of(task), key_sums(task, 0), key_sums(task, 1));
+    write_keys(task.batch, task.head, first, this->keys_of(task), key_sums(task, 0), key_sums(task, 1));
   }
 
   // Adds up the sums of dk and dv: task `index` is a block of keys of one head, for every batch entry that has
@@ -94,14 +96,8 @@ class Backward : Worker<Io, Tile> {
       const int64_t batches = (which == 0 ? call_.k : call_.v).size(0);
       const int64_t terms = layout_.batch / batches * cut_.query_parts;
       for (int64_t batch = 0; batch < batches; ++batch) {
-        for (int64_t term = 0; term < terms; ++term) {
-          const float* from = sums_at(batch * terms + term, head, which) + first * layout_.row_size;
-          if (term == 0) {
-            std::copy_n(from, n, merged_);
-          } else {
-            for (int64_t i = 0; i < n; ++i) merged_[i] += from[i];
-          }
-        }
+        const float* from = sums_at(batch * terms, head, which) + first * layout_.row_size;
+        add_slices(from, terms, 2 * layout_.heads * layout_.keys * layout_.row_size, n, merged_);
         write_keys(batch, head, first, count, which == 0 ? merged_ : nullptr, which == 1 ? merged_ : nullptr);
       }
     }
@@ -111,27 +107,19 @@ class Backward : Worker<Io, Tile> {
   void merge_queries(int64_t index) {
     const int64_t unit = index / layout_.query_tiles.count, tile = index % layout_.query_tiles.count;
     const int64_t n = layout_.dim * round_up(layout_.query_tiles.length(tile), kVector);
-    std::copy_n(query_sums(unit, tile, 0), n, own_dq_);
-    for (int64_t part = 1; part < layout_.key_parts; ++part) {
-      const float* from = query_sums(unit, tile, part);
-      for (int64_t i = 0; i < n; ++i) own_dq_[i] += from[i];
-    }
+    const int64_t size = layout_.dim * layout_.query_tiles.size;
+    add_slices(query_sums(unit, tile, 0), layout_.key_parts, size, n, own_dq_);
     write_queries(unit / layout_.heads, unit % layout_.heads, tile, own_dq_);
   }
 
  private:
-  using Worker<Io, Tile>::layout_;
-  using Worker<Io, Tile>::simd_;
-  using Worker<Io, Tile>::scratch_;
+  using Worker<Io, Operand>::layout_;
+  using Worker<Io, Operand>::simd_;
+  using Worker<Io, Operand>::scratch_;
 
   template <typename T>
   T* take(int64_t n) {
     return scratch_.template take<T>(n);
-  }
-
-  int64_t keys_of(const Task& task) const {
-    return layout_.key_tiles.begin(task.last_key_tile - 1) + layout_.key_tiles.length(task.last_key_tile - 1) -
-           layout_.key_tiles.begin(task.first_key_tile);
   }
 
   // All sums of dk (which = 0) or dv (1) of one head, from one part of the queries of one batch entry.
@@ -155,11 +143,12 @@ class Backward : Worker<Io, Tile> {
 
   void load_keys(const Task& task) {
     this->pack_keys(k_, task, k_rows_);
-    this->pack_values(v_, task, v_rows_);
-    this->transpose_keys(task, k_rows_, k_left_);
+    this->pack_keys(v_, task, v_rows_);
+    this->drop_first(task, v_rows_, 1);
+    if (call_.wanted[0] && k_columns_ != k_rows_) this->pack_key_columns(k_, task, k_columns_);
     if (!call_.keys()) return;
     for (int64_t which = 0; which < 2; ++which) {
-      std::fill_n(key_sums(task, which), keys_of(task) * layout_.row_size, 0.0f);
+      std::fill_n(key_sums(task, which), this->keys_of(task) * layout_.row_size, 0.0f);
     }
   }
 
@@ -196,8 +185,8 @@ class Backward : Worker<Io, Tile> {
   void add_pair(const Task& task, const ScoreTile& scores, int64_t t, float* dq) {
     const int64_t lanes = scores.lanes, keys = scores.keys, dim = layout_.dim, row = layout_.row_size;
     const int64_t at = t * layout_.key_tiles.size * row;
-    tile_product(keys, lanes, depth<Tile>(dim), k_rows_ + at, row, q_right_, lanes, scores_, lanes, false);
-    tile_product(keys, lanes, depth<Tile>(dim), v_rows_ + at, row, do_right_, lanes, dp_, lanes, false);
+    tile_product(keys, lanes, depth<Operand>(dim), k_rows_ + at, row, q_right_, lanes, scores_, lanes, false);
+    tile_product(keys, lanes, depth<Operand>(dim), v_rows_ + at, row, do_right_, lanes, dp_, lanes, false);
     const GradientTile tile{scores, scores_, dp_, lse_, delta_};
     if (layout_.key_tiles.count == 1) simd_.row_delta(tile, delta_);
     simd_.score_gradient(tile, p_rows_, ds_rows_, ds_pairs_);
@@ -208,8 +197,8 @@ class Backward : Worker<Io, Tile> {
       tile_product(keys, row, lanes, p_rows_, lanes, do_by_query_, row, key_sums(task, 1) + at, row, true);
     }
     if (call_.wanted[0]) {
-      tile_product(dim, lanes, depth<Tile>(keys), k_left_ + at, layout_.key_tiles.size, ds_pairs_, lanes, dq,
-          lanes, t > 0);
+      tile_product_columns(
+          dim, lanes, depth<Operand>(keys), k_columns_ + at, row, ds_pairs_, lanes, dq, lanes, t > 0);
     }
   }
 
@@ -236,29 +225,23 @@ class Backward : Worker<Io, Tile> {
   const Rows<const Io> q_, k_, v_, grad_, out_;
   const Rows<Io> dq_, dk_out_, dv_out_;
   const float* lse_data_;
-  Tile *k_rows_, *v_rows_, *k_left_, *q_right_, *q_by_query_, *do_right_, *do_by_query_;
-  Tile *p_rows_, *ds_rows_, *ds_pairs_;
+  Operand *k_rows_, *v_rows_, *k_columns_, *q_right_, *q_by_query_, *do_right_, *do_by_query_;
+  Operand *p_rows_, *ds_rows_, *ds_pairs_;
   float *own_sums_ = nullptr, *merged_ = nullptr, *scores_, *dp_, *lse_, *delta_, *factors_, *own_dq_;
 };
 
-template <typename Backward, void (Backward::*kMerge)(int64_t)>
-struct Merge {
-  Backward backward;
-  void run(int64_t index) { (backward.*kMerge)(index); }
-};
-
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 void backward(const Layout& layout, const Cut& cut, const Call& call) {
-  using Pass = Backward<Io, Tile>;
+  using Pass = Backward<Io, Operand>;
   const auto worker = [&] { return Pass(layout, cut, call); };
   run_tasks(cut.tasks(), 1, worker);
   if (call.key_sums.defined()) {
     const int64_t blocks = (layout.keys + kKeysOfMerge - 1) / kKeysOfMerge;
-    run_tasks(layout.heads * blocks, 1, [&] { return Merge<Pass, &Pass::merge_keys>{worker()}; });
+    run_tasks(layout.heads * blocks, 1, [&] { return TasksOf<&Pass::merge_keys>{worker()}; });
   }
   if (call.query_sums.defined()) {
-    run_tasks(layout.units() * layout.query_tiles.count, 1,
-        [&] { return Merge<Pass, &Pass::merge_queries>{worker()}; });
+    run_tasks(
+        layout.units() * layout.query_tiles.count, 1, [&] { return TasksOf<&Pass::merge_queries>{worker()}; });
   }
 }
 
@@ -308,13 +291,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cross_attention_backward(const at
         {layout.units(), layout.query_tiles.count, layout.key_parts, layout.dim * layout.query_tiles.size},
         floats);
   }
-  if (q.scalar_type() == at::kFloat) {
-    backward<float, float>(layout, cut, call);
-  } else if (has_bf16_tiles()) {
-    backward<at::BFloat16, at::BFloat16>(layout, cut, call);
-  } else {
-    backward<at::BFloat16, float>(layout, cut, call);
-  }
+  with_operand_types(q.scalar_type(),
+      [&](auto io, auto operand) { backward<decltype(io), decltype(operand)>(layout, cut, call); });
   return {call.dq, call.dk, call.dv};
 }
 

@@ -51,7 +51,6 @@ struct FewKeysKernels {
 namespace rskernels::cross {
 namespace {
 
-constexpr float kLog2e = 1.44269504f;
 // Queries are cut into parts, in backward each with its own sums of dk and dv.
 constexpr int64_t kQueriesOfPart = 256, kEnoughTasks = 64;
 constexpr int64_t kValuesOfMerge = 1 << 16; // that one thread adds up, at least: starting another costs as much
@@ -198,10 +197,7 @@ void merge(const Layout& layout, const Gradients& call, const Sums& sums, int64_
     const int64_t terms = layout.batch / batches * query_parts(layout);
     for (int64_t batch = 0; batch < batches; ++batch) {
       float* sum = sums.at(batch * terms, which) + head * size;
-      for (int64_t term = 1; term < terms; ++term) {
-        const float* from = sums.at(batch * terms + term, which) + head * size;
-        for (int64_t i = 0; i < size; ++i) sum[i] += from[i];
-      }
+      add_slices(sum, terms, sums.task_size, size, sum);
       if (which == 1 && layout.drop_first) std::fill_n(sum, layout.row_size, 0.0f);
       RSK_AT_ISA_LEVEL(cross_simd::kFewKeysKernels<Io>)
           .write_rows(sum, layout.row_size, layout.keys, layout.dim, which == 0 ? layout.scale : 1.0f,

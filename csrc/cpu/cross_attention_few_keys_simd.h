@@ -6,18 +6,6 @@ namespace cross_simd {
 
 using cross::Block;
 
-template <bool kWhole, typename Io>
-RSK_INLINE VecF load_some(const Io* from, int64_t n) {
-  if constexpr (kWhole) return load(from);
-  return load_first(from, n);
-}
-
-template <bool kWhole, typename Io>
-RSK_INLINE void store_some(Io* to, VecF x, int64_t n) {
-  if constexpr (kWhole) return store(to, x);
-  store_first(to, x, n);
-}
-
 // kLanes rows of at most `columns` values; what does not exist is zero. kWhole: all of it exists.
 template <bool kWhole, typename Io>
 RSK_INLINE void load_square(

@@ -2,16 +2,7 @@
 // vec.h, included inside a namespace, without guard, by the files that foreach_isa.h compiles.
 namespace cross_simd {
 
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 constexpr float kLowest = -3.402823466e38f; // below every logit, and finite: kLowest - kLowest is 0
-
-template <typename Io>
-RSK_INLINE VecF load_first(const Io* from, int64_t n) {
-  if (n >= kLanes) return load(from);
-  float values[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) values[i] = static_cast<float>(from[i]);
-  return load(values);
-}
 
 // The heads of a token lie side by side, so that the rows of one head are far apart: fetched ahead by hand.
 template <int kForWriting, typename Io>
@@ -22,12 +13,12 @@ RSK_INLINE void prefetch_ahead(const Io* row, int64_t stride, int64_t rows_left,
 }
 
 // Rows as they are.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 inline void pack_rows(
-    const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Tile* to, int64_t to_stride) {
+    const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Operand* to, int64_t to_stride) {
   for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride) {
     prefetch_ahead<0>(from, from_stride, rows - r, dim);
-    for (int64_t c = 0; c < dim; c += kLanes) store(to + c, load_first(from + c, dim - c));
+    for (int64_t c = 0; c < dim; c += kLanes) store(to + c, load_some(from + c, dim - c));
   }
 }
 
@@ -43,10 +34,13 @@ template <typename Io>
 inline void load_rows(
     const Io* from, int64_t from_stride, int64_t rows, int64_t dim, c10::BFloat16* to, int64_t to_stride) {
   for (int64_t r = 0; r < (rows + kVector - 1) / kVector * kVector; r += 2) {
+    for (int64_t i = r; i < r + 2; ++i) {
+      prefetch_ahead<0>(from + i * from_stride, from_stride, rows - i, dim);
+    }
     for (int64_t c = 0; c < dim; c += kLanes) {
       const Io* row = from + r * from_stride + c;
-      const VecF even = r < rows ? load_first(row, dim - c) : VecF{};
-      const VecF odd = r + 1 < rows ? load_first(row + from_stride, dim - c) : VecF{};
+      const VecF even = r < rows ? load_some(row, dim - c) : VecF{};
+      const VecF odd = r + 1 < rows ? load_some(row + from_stride, dim - c) : VecF{};
       store_pairs(to + r * to_stride + 2 * c, even, odd);
     }
   }
@@ -62,30 +56,22 @@ RSK_INLINE void store_square(c10::BFloat16* to, int64_t lanes, const VecF (&squa
 }
 
 // Rows, transposed, as a right operand; lanes beyond the last row are zero.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 inline void load_columns(
-    const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Tile* to, int64_t lanes) {
+    const Io* from, int64_t from_stride, int64_t rows, int64_t dim, Operand* to, int64_t lanes) {
   for (int64_t r = 0; r < lanes; r += kLanes) {
     for (int64_t i = r; i < r + kLanes; ++i)
       prefetch_ahead<0>(from + i * from_stride, from_stride, rows - i, dim);
     for (int64_t c = 0; c < dim; c += kLanes) {
       VecF square[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
-        square[i] = r + i < rows ? load_first(from + (r + i) * from_stride + c, dim - c) : VecF{};
+        square[i] = r + i < rows ? load_some(from + (r + i) * from_stride + c, dim - c) : VecF{};
       }
       transpose_square(square);
       // Pairs lie in one row of 2 * lanes values.
-      store_square(to + c * lanes + (std::is_same_v<Tile, float> ? r : 2 * r), lanes, square, dim - c);
+      store_square(to + c * lanes + (std::is_same_v<Operand, float> ? r : 2 * r), lanes, square, dim - c);
     }
   }
-}
-
-template <typename Io>
-RSK_INLINE void store_first(Io* to, VecF x, int64_t n) {
-  if (n >= kLanes) return store(to, x);
-  float values[kLanes];
-  store(values, x);
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<Io>(values[i]);
 }
 
 template <typename Io>
@@ -93,7 +79,7 @@ inline void write_rows(const float* from, int64_t from_stride, int64_t rows, int
     int64_t to_stride) {
   for (int64_t r = 0; r < rows; ++r, from += from_stride, to += to_stride) {
     prefetch_ahead<1>(to, to_stride, rows - r, dim);
-    for (int64_t c = 0; c < dim; c += kLanes) store_first(to + c, load(from + c) * factor, dim - c);
+    for (int64_t c = 0; c < dim; c += kLanes) store_some(to + c, load(from + c) * factor, dim - c);
   }
 }
 
@@ -110,7 +96,7 @@ inline void write_columns(const float* from, int64_t lanes, int64_t dim, const f
       }
       transpose_square(square);
       for (int i = 0; i < kLanes && q + i < columns; ++i) {
-        store_first(to + (q + i) * to_stride + c, square[i], dim - c);
+        store_some(to + (q + i) * to_stride + c, square[i], dim - c);
       }
     }
   }
@@ -124,7 +110,8 @@ inline void dot_rows(
 }
 
 // The natural logarithm of positive numbers; NaN stays NaN. With x = 2^e m, m near 1, s = (m - 1) / (m + 1):
-// log m = 2 (s + s^3 / 3 + s^5 / 5 + ...).
+// log m = 2 (s + s^3 / 3 + s^5 / 5 + ...). The same series as in distillation_loss_simd.h and as accurate, but other
+// last bits for one argument in 4,000: neither can stand for the other.
 RSK_INLINE VecF log(VecF x) {
   constexpr int32_t kHalfRoot = 0x3f3504f3; // sqrt(0.5)
   const VecI shifted = (VecI)x - kHalfRoot;
@@ -134,7 +121,7 @@ RSK_INLINE VecF log(VecF x) {
   VecF p = s2 * (2.0f / 9) + 2.0f / 7;
   p = p * s2 + 2.0f / 5;
   p = p * s2 + 2.0f / 3;
-  return exponent * 0.693147181f + (s * 2.0f + s * s2 * p) + (x - x);
+  return exponent * kLn2 + (s * 2.0f + s * s2 * p) + (x - x);
 }
 
 } // namespace cross_simd

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "constants.h"
 #include "cross_attention.h"
 
 namespace rskernels::cross {
@@ -38,7 +39,6 @@ const RowKernels<Io>& row_kernels();
 
 namespace rows {
 
-constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 constexpr int64_t kWordKeys = 32;
 constexpr int64_t kMaskedTile = 32, kWholeTile = 256; // keys of a tile, with and without a mask
 constexpr int64_t kRows = 128;                        // queries of a tile, at most

@@ -148,10 +148,7 @@ struct MergeBackward {
   void run(int64_t index) const {
     const int64_t unit = index / layout.queries, q = index % layout.queries, row = layout.row_size;
     float* sum = parts.at(unit, 0) + q * row;
-    for (int64_t p = 1; p < parts.parts; ++p) {
-      const float* part = parts.at(unit, p) + q * row;
-      for (int64_t c = 0; c < row; ++c) sum[c] += part[c];
-    }
+    add_slices(sum, parts.parts, parts.size, row, sum);
     row_kernels<Io>().write_rows(
         sum, row, 1, layout.dim, layout.scale, dq.at(unit / layout.heads, unit % layout.heads, q), dq.stride);
   }

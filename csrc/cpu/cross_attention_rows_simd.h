@@ -21,23 +21,6 @@ RSK_INLINE VecF attended_or(float otherwise, uint32_t bits, VecF x) {
 #endif
 }
 
-// The largest lane, in all lanes; NaNs may get lost.
-template <int kStep, int... kLane>
-RSK_INLINE VecF exchange(VecF x, std::integer_sequence<int, kLane...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(x, x, (kLane ^ kStep)...);
-#else
-  return __builtin_shuffle(x, VecI{(kLane ^ kStep)...});
-#endif
-}
-
-template <int kStep = kLanes / 2>
-RSK_INLINE VecF largest_lane(VecF x) {
-  x = vmax(x, exchange<kStep>(x, std::make_integer_sequence<int, kLanes>()));
-  if constexpr (kStep > 1) return largest_lane<kStep / 2>(x);
-  return x;
-}
-
 // The rows of the tile's queries, one after the other.
 inline void gather(const RowTile& tile, const float* from, int64_t row, float* to) {
   for (int64_t i = 0; i < tile.rows; ++i, to += row) {

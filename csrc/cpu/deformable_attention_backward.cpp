@@ -178,12 +178,6 @@ class ValueGradient {
 };
 
 template <typename Io>
-struct MergeParts {
-  ValueGradient<Io> gradient;
-  void run(int64_t task) { gradient.merge(task); }
-};
-
-template <typename Io>
 void backward(const DeformableLayout& layout, const at::Tensor& value, const Call& call) {
   if (call.grad_locations.defined()) {
     const at::Tensor packed = pack_value<Io>(layout, value);
@@ -200,7 +194,7 @@ void backward(const DeformableLayout& layout, const at::Tensor& value, const Cal
   float* partial = cut.parts > 1 ? parts.data_ptr<float>() : nullptr;
   const auto worker = [&] { return ValueGradient<Io>(layout, cut, call, partial); };
   run_tasks(cut.tasks, 1, worker);
-  if (cut.parts > 1) run_tasks(cut.levels, 1, [&] { return MergeParts<Io>{worker()}; });
+  if (cut.parts > 1) run_tasks(cut.levels, 1, [&] { return TasksOf<&ValueGradient<Io>::merge>{worker()}; });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> deformable_attention_backward(const at::Tensor& grad,

@@ -10,16 +10,6 @@ RSK_INLINE void store_ints(int32_t* p, VecI x) {
   *reinterpret_cast<LooseI*>(p) = x;
 }
 
-// Lanes from two vectors: lane i of the result is a[kPick(i)], or b's where that is kLanes or more.
-template <int... kPick>
-RSK_INLINE VecF shuffle(VecF a, VecF b, std::integer_sequence<int, kPick...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, kPick...);
-#else
-  return __builtin_shuffle(a, b, VecI{kPick...});
-#endif
-}
-
 // Every second lane of 2 * kLanes neighbours, from the first (0) or the second (1) on.
 template <int kOdd, int... kLane>
 RSK_INLINE VecF every_second(VecF a, VecF b, std::integer_sequence<int, kLane...>) {
@@ -31,23 +21,6 @@ template <int kHalf, int... kLane>
 RSK_INLINE VecF interleaved(VecF a, VecF b, std::integer_sequence<int, kLane...>) {
   return shuffle(
       a, b, std::integer_sequence<int, ((kLane & 1) * kLanes + (kLane >> 1) + kHalf * (kLanes / 2))...>());
-}
-
-using EveryLane = std::make_integer_sequence<int, kLanes>;
-
-// Lane i of the result is the sum of the lanes of rows[i]: one butterfly, every stage half as wide as the last.
-template <int kStep = 1>
-RSK_INLINE VecF sum_each(VecF (&rows)[kLanes]) {
-  if constexpr (kStep == kLanes) {
-    return rows[0];
-  } else {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; i += 2 * kStep) {
-      swap_quarters<kStep>(rows[i], rows[i + kStep], EveryLane());
-      rows[i] += rows[i + kStep];
-    }
-    return sum_each<2 * kStep>(rows);
-  }
 }
 
 // A few neighbours: too few for a call of memcpy to pay.

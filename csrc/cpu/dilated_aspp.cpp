@@ -12,6 +12,7 @@
 
 #include <tuple>
 
+#include "aten_products.h"
 #include "dilated_aspp.h"
 
 #define RSK_SIMD_FILE "dilated_aspp_simd.h"
@@ -19,22 +20,13 @@
 
 namespace rskernels {
 
-template <typename Io, typename Tile>
-const AsppKernels<Io, Tile>& aspp_kernels() {
-  return RSK_AT_ISA_LEVEL(kAsppKernels<Io, Tile>);
+template <typename Io, typename Operand>
+const AsppKernels<Io, Operand>& aspp_kernels() {
+  return RSK_AT_ISA_LEVEL(kAsppKernels<Io, Operand>);
 }
 template const AsppKernels<float, float>& aspp_kernels();
 template const AsppKernels<at::BFloat16, float>& aspp_kernels();
 template const AsppKernels<at::BFloat16, at::BFloat16>& aspp_kernels();
-
-Activation activation_named(std::string_view name) {
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  TORCH_CHECK_VALUE(
-      name == "none", "dilated_aspp: activation is ", name, "; expected none, gelu, gelu_tanh or relu");
-  return Activation::none;
-}
 
 AsppShape::AsppShape(const std::vector<at::Tensor>& features, const std::vector<at::Tensor>& weights,
     at::IntArrayRef dilations, const std::optional<at::Tensor>& scale,
@@ -76,6 +68,14 @@ AsppShape::AsppShape(const std::vector<at::Tensor>& features, const std::vector<
 
 namespace {
 
+Activation activation_named(std::string_view name) {
+  check_activation({"dilated_aspp"}, name);
+  return name == "gelu"        ? Activation::gelu
+         : name == "gelu_tanh" ? Activation::gelu_tanh
+         : name == "relu"      ? Activation::relu
+                               : Activation::none;
+}
+
 using OptionalTensor = std::optional<at::Tensor>;
 
 // Vectors may run over the end.
@@ -102,52 +102,52 @@ struct Call {
 };
 
 // Operands of `count` branches from `first` on.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 struct Prepared {
-  const std::vector<OwnedMap<const Tile>>& maps;
+  const std::vector<OwnedMap<const Operand>>& maps;
   const size_t first;
-  std::vector<PackedTaps<Tile>> weights;
+  std::vector<PackedTaps<Operand>> weights;
   std::vector<int64_t> first_channel; // of a branch in the concatenation
-  PackedTaps<Tile> projection;
+  PackedTaps<Operand> projection;
   const int64_t channels; // of the concatenation
 
-  Prepared(const Call& call, const std::vector<OwnedMap<const Tile>>& maps_, size_t first_, size_t count)
+  Prepared(const Call& call, const std::vector<OwnedMap<const Operand>>& maps_, size_t first_, size_t count)
       : maps(maps_), first(first_), channels(call.channels()) {
     int64_t channel = 0;
     for (size_t branch = 0; branch < first + count; ++branch) {
       if (branch >= first) {
-        weights.push_back(pack_convolution<Io, Tile>(call.weights[branch], false));
+        weights.push_back(pack_convolution<Io, Operand>(call.weights[branch], false));
         first_channel.push_back(channel);
       }
       channel += call.weights[branch].size(0);
     }
     if (call.projection_weight.has_value()) {
       const at::Tensor weight = call.projection_weight->contiguous();
-      projection = pack<Io, Tile>(
+      projection = pack<Io, Operand>(
           weight, weight.const_data_ptr<Io>(), {channels, weight.size(0), 1, channels, 1, 1, false});
     }
   }
-  const AsppMap<const Tile>& map(size_t branch) const { return maps[maps.size() == 1 ? 0 : first + branch]; }
+  const AsppMap<const Operand>& map(size_t branch) const { return maps[maps.size() == 1 ? 0 : first + branch]; }
 };
 
 // Task: one patch and one tile of one branch's outputs, or with a projection a patch with all of its branches.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 class Forward {
  public:
-  Forward(const Call& call, const Prepared<Io, Tile>& prepared, const Patches& patches)
+  Forward(const Call& call, const Prepared<Io, Operand>& prepared, const Patches& patches)
       : call_(call),
         prepared_(prepared),
         patches_(patches),
         out_(dense_map<Io>(call.out)),
         kept_(dense_map<Io>(call.kept)),
-        simd_(aspp_kernels<Io, Tile>()) {
+        simd_(aspp_kernels<Io, Operand>()) {
     sums_ = scratch_.take<float>(patches.largest() * kOutputTile);
     if (call.projection_weight.has_value()) {
-      concatenated_ = scratch_.take<Tile>(patches.largest() * depth<Tile>(prepared.channels));
+      concatenated_ = scratch_.take<Operand>(patches.largest() * depth<Operand>(prepared.channels));
     }
   }
 
-  static int64_t tasks_per_patch(const Call& call, const Prepared<Io, Tile>& prepared) {
+  static int64_t tasks_per_patch(const Call& call, const Prepared<Io, Operand>& prepared) {
     if (call.projection_weight.has_value()) return 1;
     int64_t tiles = 0;
     for (const auto& weights : prepared.weights) tiles += weights.outputs.count;
@@ -180,7 +180,7 @@ class Forward {
         prepared_.channels, call_.gain.defined() ? call_.gain.const_data_ptr<float>() + channel : nullptr,
         call_.offset.const_data_ptr<float>() + channel, call_.activation};
     if (concatenated_ == nullptr) return write(patch, finish, channel, kept_.data != nullptr);
-    finish.out_stride = depth<Tile>(prepared_.channels);
+    finish.out_stride = depth<Operand>(prepared_.channels);
     finish.pixels = patch.columns;
     for (int64_t y = 0; y < patch.rows; ++y) {
       const int64_t pixel = y * patch.columns;
@@ -191,7 +191,7 @@ class Forward {
 
   void project(const Patch& patch) {
     const auto& weights = prepared_.projection;
-    const int64_t stride = depth<Tile>(prepared_.channels);
+    const int64_t stride = depth<Operand>(prepared_.channels);
     const Tiling inputs(weights.inputs, kInputTile);
     for (int64_t tile = 0; tile < weights.outputs.count; ++tile) {
       const int64_t columns = weights.columns(tile), channel = weights.outputs.begin(tile);
@@ -219,27 +219,27 @@ class Forward {
   }
 
   const Call& call_;
-  const Prepared<Io, Tile>& prepared_;
+  const Prepared<Io, Operand>& prepared_;
   const Patches& patches_;
   const AsppMap<Io> out_, kept_;
-  const AsppKernels<Io, Tile>& simd_;
+  const AsppKernels<Io, Operand>& simd_;
   Scratch scratch_;
   float* sums_ = nullptr;
-  Tile* concatenated_ = nullptr;
+  Operand* concatenated_ = nullptr;
 };
 
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 void forward(const Call& call) {
-  std::vector<OwnedMap<const Tile>> maps;
-  for (const at::Tensor& x : call.features) maps.push_back(operand_map<Io, Tile>(x));
+  std::vector<OwnedMap<const Operand>> maps;
+  for (const at::Tensor& x : call.features) maps.push_back(operand_map<Io, Operand>(x));
   // A projection wants all branches of a patch. Otherwise one after the other: only one has packed weights.
   const size_t branches = call.weights.size(), together = call.projection_weight.has_value() ? branches : 1;
   for (size_t first = 0; first < branches; first += together) {
-    const Prepared<Io, Tile> prepared(call, maps, first, together);
-    const int64_t tiles = Forward<Io, Tile>::tasks_per_patch(call, prepared);
+    const Prepared<Io, Operand> prepared(call, maps, first, together);
+    const int64_t tiles = Forward<Io, Operand>::tasks_per_patch(call, prepared);
     const at::Tensor& out = call.out;
     const Patches patches = patches_for(out.size(0), out.size(1), out.size(2), tiles);
-    run_tasks(patches.count * tiles, 1, [&] { return Forward<Io, Tile>(call, prepared, patches); });
+    run_tasks(patches.count * tiles, 1, [&] { return Forward<Io, Operand>(call, prepared, patches); });
   }
 }
 
@@ -274,13 +274,8 @@ std::tuple<at::Tensor, at::Tensor> dilated_aspp_forward(const std::vector<at::Te
       out.permute({0, 2, 3, 1}), at::Tensor()};
   if (keep) call.kept = at::empty({x.size(0), height, width, channels}, x.options());
   if (x.numel() > 0) {
-    if (x.scalar_type() == at::kFloat) {
-      forward<float, float>(call);
-    } else if (has_bf16_tiles()) {
-      forward<at::BFloat16, at::BFloat16>(call);
-    } else {
-      forward<at::BFloat16, float>(call);
-    }
+    with_operand_types(
+        x.scalar_type(), [&](auto io, auto operand) { forward<decltype(io), decltype(operand)>(call); });
   }
   return {out, keep ? call.kept : at::empty({0}, x.options())};
 }

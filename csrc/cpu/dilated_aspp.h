@@ -30,8 +30,6 @@ constexpr std::array<int64_t, kTaps> kTapOrder = {4, 0, 1, 2, 3, 5, 6, 7, 8};
 
 enum class Activation : int { none, gelu, gelu_tanh, relu };
 
-Activation activation_named(std::string_view name);
-
 // What forward and backward are given alike, checked: what follows trusts it. One feature map serves all branches, or
 // there is one per branch.
 struct AsppShape {
@@ -45,23 +43,21 @@ struct AsppShape {
 };
 
 // Vector passes, chosen by instruction set (dilated_aspp_simd.h).
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 struct AsppKernels {
   void (*image_to_rows)(
-      const Io* from, int64_t channels, int64_t plane, int64_t pixels, Tile* to, int64_t stride);
-  void (*copy_row)(const Io* from, Tile* to, int64_t n);
+      const Io* from, int64_t channels, int64_t plane, int64_t pixels, Operand* to, int64_t stride);
+  void (*copy_row)(const Io* from, Operand* to, int64_t n);
   void (*pack_taps)(
-      const struct TapSource& source, const Io* from, const Io* end, Tile* to, int64_t to_k, int64_t to_tap);
+      const struct TapSource& source, const Io* from, const Io* end, Operand* to, int64_t to_k, int64_t to_tap);
   void (*finish_values)(const struct Finish& finish, const float* sums, Io* out, Io* kept);
-  void (*finish_operand)(const struct Finish& finish, const float* sums, Tile* out, Io* kept);
-  void (*transpose_left)(
-      const Tile* from, int64_t from_stride, int64_t rows, int64_t columns, Tile* to, int64_t to_stride);
-  const Tile* (*pair_rows)(const Tile* from, int64_t stride, int64_t rows, Tile* to);
+  void (*finish_operand)(const struct Finish& finish, const float* sums, Operand* out, Io* kept);
+  const Operand* (*pair_rows)(const Operand* from, int64_t stride, int64_t rows, Operand* to);
   void (*interleave_taps)(const float* from, int64_t tap_stride, int64_t channels, Io* to);
 };
 
-template <typename Io, typename Tile>
-const AsppKernels<Io, Tile>& aspp_kernels();
+template <typename Io, typename Operand>
+const AsppKernels<Io, Operand>& aspp_kernels();
 
 // Where pack_taps finds weight (k, n, tap): at from[k * k_stride + n * n_stride + tap * tap_stride]. One of the
 // three strides is 1.
@@ -108,36 +104,36 @@ at::TensorOptions options_of(const at::Tensor& like) {
 
 // A (B, C, h, w) tensor as operand of tile products: in place where its channels are neighbours (and, in bf16,
 // come in pairs), else converted once. An odd last channel is paired with zero.
-template <typename Io, typename Tile>
-OwnedMap<const Tile> operand_map(const at::Tensor& x) {
+template <typename Io, typename Operand>
+OwnedMap<const Operand> operand_map(const at::Tensor& x) {
   const int64_t batch = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
-  const int64_t row = depth<Tile>(channels);
+  const int64_t row = depth<Operand>(channels);
   const bool dense = (channels == 1 || x.stride(1) == 1) && (width == 1 || x.stride(3) >= channels);
-  OwnedMap<const Tile> map;
-  if (std::is_same_v<Io, Tile> && dense && row == channels) {
+  OwnedMap<const Operand> map;
+  if (std::is_same_v<Io, Operand> && dense && row == channels) {
     map.owner = x;
-    map.data = x.const_data_ptr<Tile>();
+    map.data = x.const_data_ptr<Operand>();
     map.batch_stride = x.stride(0);
     map.row_stride = x.stride(2);
     map.pixel_stride = width == 1 ? channels : x.stride(3);
     return map;
   }
   const at::Tensor from = dense ? x : x.contiguous();
-  map.owner = at::empty({batch, height, width, row}, options_of<Tile>(x));
+  map.owner = at::empty({batch, height, width, row}, options_of<Operand>(x));
   map.batch_stride = height * width * row;
   map.row_stride = width * row;
   map.pixel_stride = row;
-  Tile* to = data_of<Tile>(map.owner);
+  Operand* to = data_of<Operand>(map.owner);
   map.data = to;
   const Io* values = from.const_data_ptr<Io>();
-  const auto& simd = aspp_kernels<Io, Tile>();
+  const auto& simd = aspp_kernels<Io, Operand>();
   at::parallel_for(0, batch * height, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t b = i / height, y = i % height;
-      Tile* rows = to + b * map.batch_stride + y * map.row_stride;
+      Operand* rows = to + b * map.batch_stride + y * map.row_stride;
       const Io* line = values + b * from.stride(0) + y * from.stride(2);
       if (row > channels) {
-        for (int64_t p = 0; p < width; ++p) rows[p * row + channels] = Tile(0.0f);
+        for (int64_t p = 0; p < width; ++p) rows[p * row + channels] = Operand(0.0f);
       }
       if (dense) {
         for (int64_t p = 0; p < width; ++p) simd.copy_row(line + p * from.stride(3), rows + p * row, channels);
@@ -151,37 +147,37 @@ OwnedMap<const Tile> operand_map(const at::Tensor& x) {
 
 // Weights as right operands: [tile of outputs][tap][input][output], bf16 in pairs of inputs, zeros where outputs
 // are rounded up to whole vectors.
-template <typename Tile>
+template <typename Operand>
 struct PackedTaps {
   at::Tensor owner;
-  Tile* data = nullptr;
+  Operand* data = nullptr;
   int64_t inputs = 0, taps = 0; // inputs: rounded up to pairs in bf16
   Tiling outputs{1, kOutputTile};
 
   int64_t columns(int64_t tile) const { return round_up(outputs.length(tile), kVector); }
-  Tile* at(int64_t tile, int64_t tap, int64_t input) const {
+  Operand* at(int64_t tile, int64_t tap, int64_t input) const {
     return data + taps * inputs * outputs.begin(tile) + (tap * inputs + input) * columns(tile);
   }
 };
 
-template <typename Io, typename Tile>
-PackedTaps<Tile> pack(const at::Tensor& like, const Io* from, const TapSource& source) {
-  PackedTaps<Tile> packed;
-  packed.inputs = depth<Tile>(source.inputs);
+template <typename Io, typename Operand>
+PackedTaps<Operand> pack(const at::Tensor& like, const Io* from, const TapSource& source) {
+  PackedTaps<Operand> packed;
+  packed.inputs = depth<Operand>(source.inputs);
   packed.taps = source.taps;
   packed.outputs = Tiling(source.outputs, kOutputTile);
   const int64_t groups = round_up(source.outputs, kVector) / kVector;
-  packed.owner = at::empty({source.taps * packed.inputs * groups * kVector}, options_of<Tile>(like));
-  packed.data = data_of<Tile>(packed.owner);
+  packed.owner = at::empty({source.taps * packed.inputs * groups * kVector}, options_of<Operand>(like));
+  packed.data = data_of<Operand>(packed.owner);
   const Io* end = from + source.inputs * source.outputs * source.taps;
-  const auto& simd = aspp_kernels<Io, Tile>();
-  constexpr int64_t kPair = std::is_same_v<Tile, float> ? 1 : 2;
+  const auto& simd = aspp_kernels<Io, Operand>();
+  constexpr int64_t kPair = std::is_same_v<Operand, float> ? 1 : 2;
   at::parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
     for (int64_t group = first; group < last; ++group) {
       const int64_t n = group * kVector, tile = n / packed.outputs.size, columns = packed.columns(tile);
       TapSource part = source;
       part.outputs = std::min(kVector, source.outputs - n);
-      Tile* to = packed.at(tile, 0, 0) + kPair * (n - packed.outputs.begin(tile));
+      Operand* to = packed.at(tile, 0, 0) + kPair * (n - packed.outputs.begin(tile));
       simd.pack_taps(part, from + n * source.n_stride, end, to, columns, packed.inputs * columns);
     }
   });
@@ -190,15 +186,15 @@ PackedTaps<Tile> pack(const at::Tensor& like, const Io* from, const TapSource& s
 
 // A convolution's weight (O, C, 3, 3), read in place where it is contiguous or channels-last. `transposed`: the
 // operand of its input gradient, which takes O in and gives C.
-template <typename Io, typename Tile>
-PackedTaps<Tile> pack_convolution(const at::Tensor& weight_, bool transposed) {
+template <typename Io, typename Operand>
+PackedTaps<Operand> pack_convolution(const at::Tensor& weight_, bool transposed) {
   const bool last = !weight_.is_contiguous() && weight_.is_contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor weight = last ? weight_ : weight_.contiguous();
   const int64_t outputs = weight.size(0), inputs = weight.size(1);
   const int64_t row = kTaps * inputs, channel = last ? 1 : kTaps, tap = last ? inputs : 1;
   const Io* from = weight.const_data_ptr<Io>();
-  if (transposed) return pack<Io, Tile>(weight, from, {outputs, inputs, row, channel, tap, kTaps, true});
-  return pack<Io, Tile>(weight, from, {inputs, outputs, channel, row, tap, kTaps, false});
+  if (transposed) return pack<Io, Operand>(weight, from, {outputs, inputs, row, channel, tap, kTaps, true});
+  return pack<Io, Operand>(weight, from, {inputs, outputs, channel, row, tap, kTaps, false});
 }
 
 // A rectangle of output pixels.
@@ -239,9 +235,9 @@ inline Patches patches_for(int64_t batch, int64_t height, int64_t width, int64_t
 }
 
 // Adds (or, with `start`, writes) one 3x3 convolution of a map to the sums of a patch and a tile of outputs.
-template <typename Tile>
-void add_taps(const AsppMap<const Tile>& map, const PackedTaps<Tile>& weights, int64_t tile, int64_t dilation,
-    int64_t height, int64_t width, const Patch& patch, float* sums, bool start) {
+template <typename Operand>
+void add_taps(const AsppMap<const Operand>& map, const PackedTaps<Operand>& weights, int64_t tile,
+    int64_t dilation, int64_t height, int64_t width, const Patch& patch, float* sums, bool start) {
   const int64_t columns = weights.columns(tile);
   const Tiling inputs(weights.inputs, kInputTile);
   for (const int64_t tap : kTapOrder) {
@@ -255,7 +251,7 @@ void add_taps(const AsppMap<const Tile>& map, const PackedTaps<Tile>& weights, i
     const int64_t steps = whole ? 1 : bottom - top;
     const int64_t pixels = whole ? patch.pixels() : right - left;
     for (int64_t k = 0; k < inputs.count; ++k) {
-      const Tile* right_operand = weights.at(tile, tap, inputs.begin(k));
+      const Operand* right_operand = weights.at(tile, tap, inputs.begin(k));
       const bool accumulate = !(start && tap == kTapOrder[0] && k == 0);
       for (int64_t step = 0; step < steps; ++step) {
         const int64_t y = top + step;

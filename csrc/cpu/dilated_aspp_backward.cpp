@@ -7,22 +7,17 @@
 //           read gets the sum of all branches before it is written;
 //   dW      per tap, (O x pixels)(pixels x C) over the pixels whose input lies inside the map, gathered 128 at a
 //           time. A task sums over all pixels in order.
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/mul.h>
-#include <ATen/ops/relu.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <tuple>
 
+#include "aten_products.h"
 #include "dilated_aspp.h"
 
 namespace rskernels {
@@ -40,20 +35,21 @@ struct Geometry {
 };
 
 // The gradient of one feature map: (B, h, w, C), from the branches that read it.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 struct InputGradient {
-  std::vector<const AsppMap<const Tile>*> grads;
-  std::vector<PackedTaps<Tile>> weights;
+  std::vector<const AsppMap<const Operand>*> grads;
+  std::vector<PackedTaps<Operand>> weights;
   std::vector<int64_t> dilations;
   Tensor out;
 };
 
 // Task: one patch and one tile of channels of one feature map.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 class InputGradients {
  public:
-  InputGradients(const std::vector<InputGradient<Io, Tile>>& maps, const Patches& patches, const float* zeros)
-      : maps_(maps), patches_(patches), zeros_(zeros), simd_(aspp_kernels<Io, Tile>()) {
+  InputGradients(
+      const std::vector<InputGradient<Io, Operand>>& maps, const Patches& patches, const float* zeros)
+      : maps_(maps), patches_(patches), zeros_(zeros), simd_(aspp_kernels<Io, Operand>()) {
     sums_ = scratch_.take<float>(patches.largest() * kOutputTile);
   }
 
@@ -63,8 +59,8 @@ class InputGradients {
     size_t index = 0;
     for (; tile >= maps_[index].weights[0].outputs.count; ++index)
       tile -= maps_[index].weights[0].outputs.count;
-    const InputGradient<Io, Tile>& map = maps_[index];
-    const PackedTaps<Tile>& first = map.weights[0];
+    const InputGradient<Io, Operand>& map = maps_[index];
+    const PackedTaps<Operand>& first = map.weights[0];
     for (size_t branch = 0; branch < map.grads.size(); ++branch) {
       add_taps(*map.grads[branch], map.weights[branch], tile, map.dilations[branch], patches_.height,
           patches_.width, patch, sums_, branch == 0);
@@ -80,18 +76,18 @@ class InputGradients {
   }
 
  private:
-  const std::vector<InputGradient<Io, Tile>>& maps_;
+  const std::vector<InputGradient<Io, Operand>>& maps_;
   const Patches& patches_;
   const float* zeros_;
-  const AsppKernels<Io, Tile>& simd_;
+  const AsppKernels<Io, Operand>& simd_;
   Scratch scratch_;
   float* sums_;
 };
 
 // The gradient of one branch's weights, (9, O, C) in fp32.
-template <typename Tile>
+template <typename Operand>
 struct WeightGradient {
-  const AsppMap<const Tile>*grad, *input;
+  const AsppMap<const Operand>*grad, *input;
   int64_t dilation;
   Tiling outputs, inputs;
   Tensor sums;
@@ -100,28 +96,33 @@ struct WeightGradient {
 };
 
 // Task: one tap, one tile of outputs and one of inputs of one branch.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 class WeightGradients {
  public:
-  WeightGradients(const std::vector<WeightGradient<Tile>>& branches, const Geometry& geometry)
-      : branches_(branches), geometry_(geometry), simd_(aspp_kernels<Io, Tile>()) {
-    grad_rows_ = scratch_.take<Tile>(kGatheredPixels * kGradientTile);
-    input_rows_ = scratch_.take<Tile>(kGatheredPixels * kGradientTile);
-    grad_left_ = scratch_.take<Tile>(kGatheredPixels * kGradientTile);
-    input_pairs_ = std::is_same_v<Tile, float> ? nullptr : scratch_.take<Tile>(kGatheredPixels * kGradientTile);
+  WeightGradients(const std::vector<WeightGradient<Operand>>& branches, const Geometry& geometry)
+      : branches_(branches), geometry_(geometry), simd_(aspp_kernels<Io, Operand>()) {
+    constexpr int64_t kLongestRow = kGradientTile + kVector;
+    grad_rows_ = scratch_.take<Operand>(kGatheredPixels * kLongestRow);
+    input_rows_ = scratch_.take<Operand>(kGatheredPixels * kGradientTile);
+    if (!std::is_same_v<Operand, float>) {
+      grad_pairs_ = scratch_.take<Operand>(kGatheredPixels * kLongestRow);
+      input_pairs_ = scratch_.take<Operand>(kGatheredPixels * kGradientTile);
+    }
     sums_ = scratch_.take<float>(kGradientTile * kGradientTile);
   }
 
   void run(int64_t task) {
     size_t index = 0;
     for (; task >= branches_[index].tasks(); ++index) task -= branches_[index].tasks();
-    const WeightGradient<Tile>& branch = branches_[index];
+    const WeightGradient<Operand>& branch = branches_[index];
     const int64_t tap = task % kTaps, tile = task / kTaps;
     const int64_t o = tile % branch.outputs.count, c = tile / branch.outputs.count;
     const int64_t first_output = branch.outputs.begin(o), first_input = branch.inputs.begin(c);
     outputs_ = branch.outputs.length(o);
     inputs_ = branch.inputs.length(c);
     columns_ = round_up(inputs_, kVector);
+    // Read by columns: rows a power of two apart would share a few sets of the cache.
+    grad_row_ = round_up(outputs_, kVector) | kVector;
     std::fill_n(sums_, outputs_ * columns_, 0.0f);
     const int64_t dy = (tap / 3 - 1) * branch.dilation, dx = (tap % 3 - 1) * branch.dilation;
     const int64_t top = std::max<int64_t>(0, -dy), bottom = std::min(geometry_.height, geometry_.height - dy);
@@ -130,7 +131,7 @@ class WeightGradients {
     for (int64_t b = 0; b < geometry_.batch; ++b) {
       for (int64_t y = top; y < bottom; ++y) {
         for (int64_t x = left; x < right; ++x) {
-          std::copy_n(branch.grad->at(b, y, x) + first_output, outputs_, grad_rows_ + gathered * kGradientTile);
+          std::copy_n(branch.grad->at(b, y, x) + first_output, outputs_, grad_rows_ + gathered * grad_row_);
           std::copy_n(
               branch.input->at(b, y + dy, x + dx) + first_input, inputs_, input_rows_ + gathered * columns_);
           if (++gathered == kGatheredPixels) {
@@ -150,20 +151,24 @@ class WeightGradients {
 
  private:
   void add(int64_t pixels) {
-    if (depth<Tile>(pixels) > pixels) std::fill_n(input_rows_ + pixels * columns_, columns_, Tile(0.0f));
-    simd_.transpose_left(grad_rows_, kGradientTile, pixels, outputs_, grad_left_, kGatheredPixels);
-    const Tile* right = simd_.pair_rows(input_rows_, columns_, depth<Tile>(pixels), input_pairs_);
-    tile_product(outputs_, columns_, depth<Tile>(pixels), grad_left_, kGatheredPixels, right, columns_, sums_,
-        columns_, true);
+    const int64_t pixel_depth = depth<Operand>(pixels);
+    if (pixel_depth > pixels) {
+      std::fill_n(grad_rows_ + pixels * grad_row_, grad_row_, Operand(0.0f));
+      std::fill_n(input_rows_ + pixels * columns_, columns_, Operand(0.0f));
+    }
+    const Operand* left = simd_.pair_rows(grad_rows_, grad_row_, pixel_depth, grad_pairs_);
+    const Operand* right = simd_.pair_rows(input_rows_, columns_, pixel_depth, input_pairs_);
+    tile_product_columns(
+        outputs_, columns_, pixel_depth, left, grad_row_, right, columns_, sums_, columns_, true);
   }
 
-  const std::vector<WeightGradient<Tile>>& branches_;
+  const std::vector<WeightGradient<Operand>>& branches_;
   const Geometry& geometry_;
-  const AsppKernels<Io, Tile>& simd_;
+  const AsppKernels<Io, Operand>& simd_;
   Scratch scratch_;
-  Tile *grad_rows_, *input_rows_, *grad_left_, *input_pairs_;
+  Operand *grad_rows_, *input_rows_, *grad_pairs_ = nullptr, *input_pairs_ = nullptr;
   float* sums_;
-  int64_t outputs_ = 0, inputs_ = 0, columns_ = 0;
+  int64_t outputs_ = 0, inputs_ = 0, columns_ = 0, grad_row_ = 0;
 };
 
 struct Gradients {
@@ -188,19 +193,19 @@ struct Wanted {
   bool convolution() const { return bias || any(features) || any(weights); }
 };
 
-template <typename Io, typename Tile>
-void input_gradients(const std::vector<OwnedMap<const Tile>>& grads, const std::vector<Tensor>& weights,
+template <typename Io, typename Operand>
+void input_gradients(const std::vector<OwnedMap<const Operand>>& grads, const std::vector<Tensor>& weights,
     at::IntArrayRef dilations, const Geometry& geometry, const Wanted& wanted, std::vector<Tensor>& results) {
-  std::vector<InputGradient<Io, Tile>> maps;
+  std::vector<InputGradient<Io, Operand>> maps;
   int64_t tiles = 0;
   const bool shared = wanted.features.size() == 1;
   for (size_t f = 0; f < wanted.features.size(); ++f) {
     if (!wanted.features[f]) continue;
-    InputGradient<Io, Tile> map;
+    InputGradient<Io, Operand> map;
     for (size_t branch = shared ? 0 : f; branch < (shared ? weights.size() : f + 1); ++branch) {
       map.grads.push_back(&grads[branch]);
       map.dilations.push_back(dilations[branch]);
-      map.weights.push_back(pack_convolution<Io, Tile>(weights[branch], true));
+      map.weights.push_back(pack_convolution<Io, Operand>(weights[branch], true));
     }
     map.out = at::empty(
         {geometry.batch, geometry.height, geometry.width, weights[f].size(1)}, options_of<Io>(weights[f]));
@@ -210,19 +215,19 @@ void input_gradients(const std::vector<OwnedMap<const Tile>>& grads, const std::
   }
   const Patches patches = patches_for(geometry.batch, geometry.height, geometry.width, tiles);
   const std::vector<float> zeros(kOutputTile + kVector);
-  run_tasks(patches.count * tiles, 1, [&] { return InputGradients<Io, Tile>(maps, patches, zeros.data()); });
+  run_tasks(patches.count * tiles, 1, [&] { return InputGradients<Io, Operand>(maps, patches, zeros.data()); });
 }
 
-template <typename Io, typename Tile>
-void weight_gradients(const std::vector<OwnedMap<const Tile>>& grads, const std::vector<Tensor>& features,
+template <typename Io, typename Operand>
+void weight_gradients(const std::vector<OwnedMap<const Operand>>& grads, const std::vector<Tensor>& features,
     const std::vector<Tensor>& weights, at::IntArrayRef dilations, const Geometry& geometry,
     const Wanted& wanted, std::vector<Tensor>& results) {
-  std::vector<OwnedMap<const Tile>> inputs(features.size());
+  std::vector<OwnedMap<const Operand>> inputs(features.size());
   const bool shared = features.size() == 1;
   for (size_t f = 0; f < features.size(); ++f) {
-    if (shared || wanted.weights[f]) inputs[f] = operand_map<Io, Tile>(features[f]);
+    if (shared || wanted.weights[f]) inputs[f] = operand_map<Io, Operand>(features[f]);
   }
-  std::vector<WeightGradient<Tile>> branches;
+  std::vector<WeightGradient<Operand>> branches;
   std::vector<size_t> branch_of;
   int64_t tasks = 0;
   for (size_t branch = 0; branch < weights.size(); ++branch) {
@@ -234,8 +239,8 @@ void weight_gradients(const std::vector<OwnedMap<const Tile>>& grads, const std:
     tasks += branches.back().tasks();
     branch_of.push_back(branch);
   }
-  run_tasks(tasks, 1, [&] { return WeightGradients<Io, Tile>(branches, geometry); });
-  const auto& simd = aspp_kernels<Io, Tile>();
+  run_tasks(tasks, 1, [&] { return WeightGradients<Io, Operand>(branches, geometry); });
+  const auto& simd = aspp_kernels<Io, Operand>();
   for (size_t i = 0; i < branches.size(); ++i) {
     const int64_t outputs = branches[i].outputs.total, channels = branches[i].inputs.total;
     const Tensor result = at::empty({outputs, channels, 3, 3}, options_of<Io>(weights[branch_of[i]]));
@@ -251,41 +256,22 @@ void weight_gradients(const std::vector<OwnedMap<const Tile>>& grads, const std:
 }
 
 // dconv: (B, h, w, sum of O).
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 void convolution_gradients(const Tensor& dconv, const std::vector<Tensor>& features,
     const std::vector<Tensor>& weights, at::IntArrayRef dilations, const Wanted& wanted, Gradients& results) {
   const Geometry geometry{dconv.size(0), dconv.size(1), dconv.size(2)};
-  std::vector<OwnedMap<const Tile>> grads;
+  std::vector<OwnedMap<const Operand>> grads;
   int64_t channel = 0;
   for (const Tensor& weight : weights) {
-    grads.push_back(operand_map<Io, Tile>(dconv.narrow(3, channel, weight.size(0)).permute({0, 3, 1, 2})));
+    grads.push_back(operand_map<Io, Operand>(dconv.narrow(3, channel, weight.size(0)).permute({0, 3, 1, 2})));
     channel += weight.size(0);
   }
   if (Wanted::any(wanted.features)) {
-    input_gradients<Io, Tile>(grads, weights, dilations, geometry, wanted, results.features);
+    input_gradients<Io, Operand>(grads, weights, dilations, geometry, wanted, results.features);
   }
   if (Wanted::any(wanted.weights)) {
-    weight_gradients<Io, Tile>(grads, features, weights, dilations, geometry, wanted, results.weights);
+    weight_gradients<Io, Operand>(grads, features, weights, dilations, geometry, wanted, results.weights);
   }
-}
-
-// A (..., C) tensor as a channels-last image of one row.
-Tensor as_image(const Tensor& tensor) {
-  const Tensor rows = tensor.contiguous();
-  const int64_t channels = rows.size(-1), pixels = rows.numel() / channels;
-  return rows.as_strided({1, channels, pixels, 1}, {pixels * channels, 1, channels, channels});
-}
-
-Tensor activate(const Tensor& pre, Activation activation) {
-  if (activation == Activation::relu) return at::relu(pre);
-  if (activation == Activation::none) return pre;
-  return at::gelu(pre, activation == Activation::gelu_tanh ? "tanh" : "none");
-}
-
-Tensor through_activation(const Tensor& grad, const Tensor& kept, Activation activation) {
-  if (activation == Activation::relu) return at::threshold_backward(grad, kept, 0);
-  if (activation == Activation::none) return grad;
-  return at::gelu_backward(grad, kept, activation == Activation::gelu_tanh ? "tanh" : "none");
 }
 
 // (B, C, h, w) of any strides as a dense (B, h, w, C).
@@ -299,20 +285,19 @@ Tensor dense_rows(const Tensor& grad) {
 std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> dilated_aspp_backward(
     const Tensor& grad, const std::vector<Tensor>& features, const std::vector<Tensor>& weights,
     const Tensor& kept, const OptionalTensor& scale, const OptionalTensor& projection_weight,
-    at::IntArrayRef dilations, std::string_view activation_name, const c10::List<bool>& mask) {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+    at::IntArrayRef dilations, std::string_view activation, const c10::List<bool>& mask) {
+  const PlainDispatch guard;
   const AsppShape shape(features, weights, dilations, scale, projection_weight);
   const int64_t channels = shape.channels;
   const Check check{"dilated_aspp"};
   TORCH_CHECK_VALUE(mask.size() == features.size() + weights.size() + 3, check.op, ": mask has ", mask.size(),
       " values; expected one per feature map and weight, and 3");
   const Wanted wanted(mask, features.size(), weights.size());
-  const Activation activation = activation_named(activation_name);
+  check_activation(check, activation);
   check.same("grad", grad, {shape.batch, shape.outputs, shape.height, shape.width}, features[0].scalar_type());
   TORCH_CHECK_VALUE(projection_weight.has_value() || !(wanted.projection_weight || wanted.projection_bias),
       check.op, ": mask asks for the gradient of a projection that is None");
-  if (wanted.projection_weight || (wanted.convolution() && activation != Activation::none)) {
+  if (wanted.projection_weight || (wanted.convolution() && activation != "none")) {
     check.same("kept", kept, {shape.batch, shape.height, shape.width, channels}, grad.scalar_type());
   }
   const auto nothing = [&] { return at::empty({0}, grad.options()); }; // outputs must not share memory
@@ -340,10 +325,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> dil
         wanted.projection_weight
             ? activate(kept, activation)
             : at::empty({grad.size(0), grad.size(2), grad.size(3), channels}, grad.options());
-    // A 1x1 kernel has no dilation to speak of; saying 2 makes PyTorch take oneDNN with one thread, too.
     const auto gradients = at::convolution_backward(as_image(rows), as_image(activated),
         weight.contiguous().view({weight.size(0), channels, 1, 1}), at::OptionalIntArrayRef(), {1, 1}, {0, 0},
-        {2, 2}, false, {0, 0}, 1, {wanted.convolution(), wanted.projection_weight, false});
+        {kStatedDilation, kStatedDilation}, false, {0, 0}, 1,
+        {wanted.convolution(), wanted.projection_weight, false});
     if (wanted.projection_bias) projection_bias = at::sum(rows, at::IntArrayRef({0, 1, 2}));
     if (wanted.projection_weight)
       projection = std::get<1>(gradients).reshape({weight.size(0), channels}).contiguous();
@@ -358,13 +343,10 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, Tensor, Tensor, Tensor> dil
     rows = through_activation(rows, kept, activation);
     if (scale.has_value()) rows = at::mul(rows, *scale);
     if (wanted.bias) bias = at::sum(rows, at::IntArrayRef({0, 1, 2}));
-    if (grad.scalar_type() == at::kFloat) {
-      convolution_gradients<float, float>(rows, features, weights, dilations, wanted, results);
-    } else if (has_bf16_tiles()) {
-      convolution_gradients<at::BFloat16, at::BFloat16>(rows, features, weights, dilations, wanted, results);
-    } else {
-      convolution_gradients<at::BFloat16, float>(rows, features, weights, dilations, wanted, results);
-    }
+    with_operand_types(grad.scalar_type(), [&](auto io, auto operand) {
+      convolution_gradients<decltype(io), decltype(operand)>(
+          rows, features, weights, dilations, wanted, results);
+    });
   }
   return {results.features, results.weights, bias, projection, projection_bias};
 }

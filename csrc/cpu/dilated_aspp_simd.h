@@ -1,25 +1,9 @@
 // The vector passes of dilated_aspp: operands, weights, and the epilogue. Compiled once per instruction set.
 
-template <typename Io>
-RSK_INLINE VecF load_some(const Io* from, int64_t n) {
-  if (n >= kLanes) return load(from);
-  Io values[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) values[i] = i < n ? from[i] : Io(0.0f);
-  return load(values);
-}
-
-template <typename To>
-RSK_INLINE void store_some(To* to, VecF x, int64_t n) {
-  if (n >= kLanes) return store(to, x);
-  To values[kLanes];
-  store(values, x);
-  for (int64_t i = 0; i < n; ++i) to[i] = values[i];
-}
-
 // to[pixel][channel] = from[channel][pixel], channels `plane` apart.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 inline void image_to_rows(
-    const Io* from, int64_t channels, int64_t plane, int64_t pixels, Tile* to, int64_t stride) {
+    const Io* from, int64_t channels, int64_t plane, int64_t pixels, Operand* to, int64_t stride) {
   for (int64_t p = 0; p < pixels; p += kLanes) {
     for (int64_t c = 0; c < channels; c += kLanes) {
       VecF square[kLanes];
@@ -114,7 +98,7 @@ RSK_INLINE VecF gelu_erf(VecF x) {
 
 // x / (1 + exp(-2u)) = x (1 + tanh u) / 2
 RSK_INLINE VecF gelu_by_tanh(VecF x) {
-  const VecF power = (x + 0.044715f * x * x * x) * (-2.0f * 0.79788456f * 1.44269504f);
+  const VecF power = (x + 0.044715f * x * x * x) * (-2.0f * 0.79788456f * kLog2e);
   return x / (1.0f + exp2<5>(power > 126.0f ? splat(126.0f) : power)); // keeps NaN
 }
 
@@ -174,14 +158,13 @@ inline void interleave_taps(const float* from, int64_t tap_stride, int64_t chann
   }
 }
 
-template <typename Io, typename Tile>
-inline constexpr AsppKernels<Io, Tile> kAsppKernels = {
-    image_to_rows<Io, Tile>,
-    copy_row<Io, Tile>,
+template <typename Io, typename Operand>
+inline constexpr AsppKernels<Io, Operand> kAsppKernels = {
+    image_to_rows<Io, Operand>,
+    copy_row<Io, Operand>,
     pack_taps<Io>,
     finish_map<Io, Io>,
-    finish_map<Io, Tile>,
-    transpose_left,
+    finish_map<Io, Operand>,
     pair_rows,
     interleave_taps<Io>,
 };

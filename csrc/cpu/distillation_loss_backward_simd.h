@@ -70,8 +70,8 @@ inline void gradient_along(const DistillationCall& call, const S* s, const T* t,
   gradient_steps<kDivergence, kDegree>(call, s, kLanes, t, kLanes, g, kLanes, vectors, 1, false, &c);
   if (rest > 0) {
     const int64_t i = vectors * kLanes;
-    const VecF x = load_part(s + i, rest, 0), y = load_part(t + i, rest, 0);
-    store_part(g + i, gradient<kDivergence, kDegree>(x, y, c, call.exponent.high, call.mse_factor), rest);
+    const VecF x = load_first(s + i, rest), y = load_first(t + i, rest);
+    store_first(g + i, gradient<kDivergence, kDegree>(x, y, c, call.exponent.high, call.mse_factor), rest);
   }
 }
 

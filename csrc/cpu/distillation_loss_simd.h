@@ -18,7 +18,7 @@ RSK_INLINE VecF log(VecF x) {
   p = p * z2 + 1.0f / 5;
   p = p * z2 + 1.0f / 3;
   p = p * z2;
-  return __builtin_convertvector(power, VecF) * 0.693147181f + (2.0f * z + 2.0f * z * p) + (x - x); // keeps NaN
+  return __builtin_convertvector(power, VecF) * kLn2 + (2.0f * z + 2.0f * z * p) + (x - x); // keeps NaN
 }
 
 // Is any lane not below the limit?
@@ -32,27 +32,6 @@ RSK_INLINE bool any_reaches(VecF x, VecF y, float limit) {
   for (int lane = 0; lane < kLanes; ++lane) all &= below[lane];
   return all == 0;
 #endif
-}
-
-RSK_INLINE VecF largest_lane(VecF x) {
-  float largest = x[0];
-  for (int lane = 1; lane < kLanes; ++lane) largest = x[lane] > largest ? x[lane] : largest;
-  return splat(largest);
-}
-
-// Lane i of the result: the sum of row i, or its largest value. A transposition that reduces as it goes.
-template <bool kLargest, int kStep = 1>
-RSK_INLINE VecF of_each(VecF (&rows)[kLanes]) {
-  if constexpr (kStep < kLanes) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; i += 2 * kStep) {
-      swap_quarters<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>());
-      rows[i] = kLargest ? vmax(rows[i], rows[i + kStep]) : rows[i] + rows[i + kStep];
-    }
-    return of_each<kLargest, 2 * kStep>(rows);
-  } else {
-    return rows[0];
-  }
 }
 
 // ---------------------------------------------------------------- sums
@@ -233,8 +212,8 @@ inline Sums sums_along(const DistillationCall& call, const S* s, const T* t, int
     z_s[lane] = lane < count ? largest(s + lane * call.student.lane, kLanes, few) : VecF{};
     z_t[lane] = lane < count ? largest(t + lane * call.teacher.lane, kLanes, few) : VecF{};
   }
-  store(reference_s, of_each<true>(z_s));
-  store(reference_t, of_each<true>(z_t));
+  store(reference_s, largest_each(z_s));
+  store(reference_t, largest_each(z_t));
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     Sums now = start(VecF{}, VecF{});
     now.z_s = now.z_t = splat(1.0f / kLanes); // of lanes that are missing
@@ -248,8 +227,10 @@ inline Sums sums_along(const DistillationCall& call, const S* s, const T* t, int
       }
       if (rest > 0) {
         float s_rest[kLanes], t_rest[kLanes];
-        store(s_rest, load_part(s_row + vectors * kLanes, rest, kPadding));
-        store(t_rest, load_part(t_row + vectors * kLanes, rest, kPadding));
+        store(s_rest, splat(kPadding));
+        copy_row(s_row + vectors * kLanes, s_rest, rest);
+        store(t_rest, splat(kPadding));
+        copy_row(t_row + vectors * kLanes, t_rest, rest);
         add_block_along<kTeacherFirst>(s_rest, t_rest, 1, call.exponent, now);
       }
     }
@@ -261,9 +242,9 @@ inline Sums sums_along(const DistillationCall& call, const S* s, const T* t, int
     reference_t[lane] = now.reference_t[0];
   }
   Sums total = start(load(reference_s), load(reference_t));
-  total.z_s = of_each<false>(z_s);
-  total.z_t = of_each<false>(z_t);
-  total.weighted = of_each<false>(weighted);
+  total.z_s = sum_each(z_s);
+  total.z_t = sum_each(z_t);
+  total.weighted = sum_each(weighted);
   total.squares = squares;
   return total;
 }

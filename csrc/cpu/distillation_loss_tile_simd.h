@@ -21,31 +21,7 @@ RSK_INLINE VecF exp2_scaled(VecF x, Exponent exponent) {
   const VecF product = x * exponent.high;
   const VecF lost = fused(x, splat(exponent.high), -product) + x * exponent.low;
   const VecF power = exp2_any<6>(product);
-  return power + power * (lost * 0.693147181f);
-}
-
-inline void copy_part(const c10::BFloat16* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(from[i]);
-}
-
-inline void copy_part(const float* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
-}
-
-// n < kLanes values, the rest filled up.
-template <typename Io>
-RSK_INLINE VecF load_part(const Io* from, int64_t n, float fill) {
-  float values[kLanes];
-  store(values, splat(fill));
-  copy_part(from, values, n);
-  return load(values);
-}
-
-template <typename Io>
-RSK_INLINE void store_part(Io* to, VecF x, int64_t n) {
-  Io values[kLanes];
-  store(values, x);
-  for (int64_t i = 0; i < n; ++i) to[i] = values[i];
+  return power + power * (lost * kLn2);
 }
 
 // Where a tile, or a part of one, is.
@@ -93,7 +69,7 @@ inline void move_in(const DistillationMap& map, const Tile& tile, int64_t begin,
         const Io* row = from + (lane + i) * map.lane + step;
         const int64_t n = steps - step < kLanes ? steps - step : kLanes;
         // Running over the end of a row is fine, over the end of the map it is not.
-        square[i] = lane + i >= tile.lanes ? VecF{} : row <= last_whole ? load(row) : load_part(row, n, 0);
+        square[i] = lane + i >= tile.lanes ? VecF{} : row <= last_whole ? load(row) : load_first(row, n);
       }
       transpose_square(square);
       for (int64_t i = 0; i < kLanes && step + i < steps; ++i)
@@ -117,7 +93,7 @@ inline void move_out(
       transpose_square(square);
       for (int64_t i = 0; i < kLanes && lane + i < tile.lanes; ++i) {
         Io* row = to + (lane + i) * map.lane + step;
-        steps - step >= kLanes ? store(row, square[i]) : store_part(row, square[i], steps - step);
+        store_some(row, square[i], steps - step);
       }
     }
   }

@@ -20,6 +20,7 @@
 
 #include <c10/util/BFloat16.h>
 
+#include "constants.h"
 #include "isa.h"
 
 #if RSK_HAS_TARGET_SECTIONS

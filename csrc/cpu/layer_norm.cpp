@@ -2,7 +2,6 @@
 //
 // Every value is read from memory once per pass over a row (the row stays in the first-level cache between the
 // looks at it) and written once, in the dtype its reader wants: no copies in fp32, whatever the dtypes.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -13,6 +12,7 @@
 #include <tuple>
 
 #include "check.h"
+#include "work.h"
 
 namespace rskernels {
 namespace {
@@ -67,6 +67,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(
   const int64_t dim = checked_dim(check, x_, weight_);
   check.shape("bias", bias_, {dim});
   check.floating("bias", bias_);
+  TORCH_CHECK_VALUE(eps >= 0, check.op, ": eps is ", eps, "; expected at least 0");
   check.served("dtype", dtype);
   const Tensor x = x_.contiguous();
   const Tensor weight = weight_.to(at::kFloat).contiguous(), bias = bias_.to(at::kFloat).contiguous();
@@ -127,12 +128,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_, cons
   const Tensor total = at::empty({2, dim}, partial.options());
   const float* from = partial.const_data_ptr<float>();
   float* to = total.mutable_data_ptr<float>();
-  at::parallel_for(0, 2 * dim, kGrain / kSlices, [&](int64_t begin, int64_t end) {
-    std::copy(from + begin, from + end, to + begin);
-    for (int64_t slice = 1; slice < slices; ++slice) {
-      for (int64_t i = begin; i < end; ++i) to[i] += from[slice * 2 * dim + i];
-    }
-  });
+  at::parallel_for(0, 2 * dim, kGrain / kSlices,
+      [&](int64_t begin, int64_t end) { add_slices(from + begin, slices, 2 * dim, end - begin, to + begin); });
   const auto gradient = [&](int64_t which) { return total.select(0, which).to(weight_.scalar_type()).clone(); };
   return {dx, mask[1] ? gradient(0) : nothing(), mask[2] ? gradient(1) : nothing()};
 }

@@ -11,24 +11,21 @@
 #include <tuple>
 
 #include <ATen/Context.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
-#include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/threshold_backward.h>
 #include <ATen/ops/zeros.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
 
+#include "aten_products.h"
 #include "check.h"
 #include "linear.h"
 
@@ -37,12 +34,6 @@ namespace {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-// Products run in the dtype of their operands, whatever autocast says where backward is called.
-struct PlainDispatch {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-};
 
 using Pointwise = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, std::string_view,
     c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>);
@@ -95,23 +86,10 @@ Tensor as_rows(const Tensor& tensor) {
   return tensor.reshape({rows, tensor.size(-1)}).contiguous();
 }
 
-Tensor activate(const Tensor& pre, std::string_view activation) {
-  if (activation == "gelu") return at::gelu(pre, "none");
-  if (activation == "gelu_tanh") return at::gelu(pre, "tanh");
-  return activation == "relu" ? at::relu(pre) : pre;
-}
-
 void activate_(Tensor& pre, std::string_view activation) {
   if (activation == "gelu") at::gelu_(pre, "none");
   if (activation == "gelu_tanh") at::gelu_(pre, "tanh");
   if (activation == "relu") at::relu_(pre);
-}
-
-// The gradient of what entered the activation. `saved` is that for gelu, the output for relu.
-Tensor through_activation(const Tensor& grad, const Tensor& saved, std::string_view activation) {
-  if (activation == "gelu") return at::gelu_backward(grad, saved, "none");
-  if (activation == "gelu_tanh") return at::gelu_backward(grad, saved, "tanh");
-  return activation == "relu" ? at::threshold_backward(grad, saved, 0) : grad;
 }
 
 constexpr Check kCheck{"linear"};
@@ -121,9 +99,7 @@ void check_operands(const Tensor& x, const Tensor& weight, std::string_view acti
   kCheck.rank("weight", weight, 2);
   kCheck.dtype("weight", weight, x.scalar_type());
   kCheck.rows("x", x, weight.size(1));
-  TORCH_CHECK_VALUE(
-      activation == "none" || activation == "gelu" || activation == "gelu_tanh" || activation == "relu",
-      kCheck.op, ": activation is ", activation, "; expected none, gelu, gelu_tanh or relu");
+  check_activation(kCheck, activation);
 }
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
@@ -160,15 +136,11 @@ Tensor input_gradient(const Tensor& grad, const Tensor& weight) {
 Tensor weight_gradient(const Tensor& grad, const Tensor& x) {
   const int64_t rows = grad.size(0), in = x.size(1), out = grad.size(1);
   if (!use_onednn(Pass::grad_weight, grad, rows, in, out)) return at::mm(grad.t(), x);
-  const auto as_image = [rows](const Tensor& tensor) {
-    const int64_t channels = tensor.size(1);
-    return tensor.as_strided({1, channels, rows, 1}, {rows * channels, 1, channels, channels});
-  };
-  // Only the weight's sizes are read. A 1x1 kernel has no dilation to speak of; saying 2 makes PyTorch take
-  // oneDNN with one thread, too, where it would otherwise fall back to MKL.
+  // Only the weight's sizes are read.
   const Tensor weight = at::empty({1}, x.options()).expand({out, in, 1, 1});
-  const auto gradients = at::convolution_backward(as_image(grad), as_image(x), weight,
-      at::OptionalIntArrayRef(), {1, 1}, {0, 0}, {2, 2}, false, {0, 0}, 1, {false, true, false});
+  const auto gradients =
+      at::convolution_backward(as_image(grad), as_image(x), weight, at::OptionalIntArrayRef(), {1, 1}, {0, 0},
+          {kStatedDilation, kStatedDilation}, false, {0, 0}, 1, {false, true, false});
   return std::get<1>(gradients).view({out, in});
 }
 

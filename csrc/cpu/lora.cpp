@@ -21,9 +21,9 @@
 
 namespace rskernels {
 
-template <typename Io, typename Tile>
-const LoraKernels<Io, Tile>& lora_kernels() {
-  return RSK_AT_ISA_LEVEL(kLoraKernels<Io, Tile>);
+template <typename Io, typename Operand>
+const LoraKernels<Io, Operand>& lora_kernels() {
+  return RSK_AT_ISA_LEVEL(kLoraKernels<Io, Operand>);
 }
 template const LoraKernels<float, float>& lora_kernels();
 template const LoraKernels<at::BFloat16, float>& lora_kernels();
@@ -111,7 +111,7 @@ Tensor merged_weight(
     at::parallel_for(0, part.size, kRowGroup, [&](int64_t first, int64_t last) {
       const int64_t offset = (part.column + first) * in, values = (last - first) * part.rank;
       std::vector<float> coefficients(values);
-      simd.scaled(dense.const_data_ptr<float>() + first * part.rank, scale, coefficients.data(), values);
+      simd.write_row(dense.const_data_ptr<float>() + first * part.rank, scale, coefficients.data(), values);
       simd.update(from + offset, in, to + offset, in, last - first, in, coefficients.data(), part.rank,
           factors.row(part.first_padded), factors.stride, part.rank);
     });
@@ -121,15 +121,15 @@ Tensor merged_weight(
 }
 
 // x Aᵀ into xa, unless that is undefined, and its product with Bᵀ onto y, unless that is undefined.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 void project_and_update(const LoraLayout& layout, const Tensor& x_, at::TensorList a, at::TensorList b,
     float scale, const Tensor& xa, const Tensor& y) {
-  const auto& simd = lora_kernels<Io, Tile>();
+  const auto& simd = lora_kernels<Io, Operand>();
   const Rows x(x_, layout.rows);
-  const auto stacked = stack_a<Tile, Io>(layout, a, Factors<Tile>::rows);
-  std::vector<Factors<Tile>> factors;
+  const auto stacked = stack_a<Operand, Io>(layout, a, Factors<Operand>::rows);
+  std::vector<Factors<Operand>> factors;
   for (size_t p = 0; y.defined() && p < b.size(); ++p) {
-    factors.push_back(transpose_b<Tile, Io>(layout.parts[p], b[p], Factors<Tile>::paired));
+    factors.push_back(transpose_b<Operand, Io>(layout.parts[p], b[p], Factors<Operand>::paired));
   }
   const Io* from = x.data<Io>();
   Io* to = y.defined() ? y.data_ptr<Io>() : nullptr;
@@ -138,12 +138,12 @@ void project_and_update(const LoraLayout& layout, const Tensor& x_, at::TensorLi
   at::parallel_for(0, groups, layout.grain(), [&](int64_t begin, int64_t end) {
     const int64_t values = kRowGroup * layout.padded;
     std::vector<float> products(values);
-    std::vector<Tile> coefficients(values);
+    std::vector<Operand> coefficients(values);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t row = group * kRowGroup, count = std::min(kRowGroup, layout.rows - row);
       simd.project(from + row * x.stride, x.stride, count, layout.in, stacked.row(0), stacked.stride,
           layout.padded, 1.0f, products.data(), layout.padded);
-      simd.scaled(products.data(), scale, coefficients.data(), values);
+      simd.write_row(products.data(), scale, coefficients.data(), values);
       for (size_t p = 0; p < layout.parts.size(); ++p) {
         const LoraPart& part = layout.parts[p];
         for (int64_t i = 0; kept != nullptr && i < count; ++i) {
@@ -174,8 +174,8 @@ std::tuple<Tensor, Tensor> lora_forward(const Tensor& x, const Tensor& weight,
   const bool merge = merges(layout, x);
   const Tensor y = linear(x, merge ? merged_weight(layout, weight, a, b, scale) : weight, bias);
   if (layout.rows > 0 && (keep_xa || !merge)) {
-    with_lora_types(x.scalar_type(), [&](auto io, auto tile) {
-      project_and_update<decltype(io), decltype(tile)>(
+    with_operand_types(x.scalar_type(), [&](auto io, auto operand) {
+      project_and_update<decltype(io), decltype(operand)>(
           layout, x, a, b, scale, keep_xa ? xa : Tensor(), merge ? Tensor() : y);
     });
   }

@@ -17,21 +17,21 @@ constexpr int64_t kRowGroup = 32;   // rows that are worked on while they are in
 constexpr int64_t kRankPadding = 4; // ranks of a factor, in memory
 constexpr int64_t kPadding = 64;    // columns likewise: whole strips at every instruction set
 
-// One instruction set's products (lora_simd.h). Io: tensors; Tile: factors.
-template <typename Io, typename Tile>
+// One instruction set's products (lora_simd.h). Io: tensors; Operand: factors.
+template <typename Io, typename Operand>
 struct LoraKernels {
-  void (*project)(const Io* x, int64_t x_stride, int64_t count, int64_t n, const Tile* factors,
+  void (*project)(const Io* x, int64_t x_stride, int64_t count, int64_t n, const Operand* factors,
       int64_t factor_stride, int64_t ranks, float scale, float* out, int64_t out_stride);
-  void (*scaled)(const float* from, float scale, Tile* to, int64_t n);
+  void (*write_row)(const float* from, float factor, Operand* to, int64_t n);
   void (*update)(const Io* from, int64_t from_stride, Io* to, int64_t to_stride, int64_t count, int64_t n,
-      const Tile* coefficients, int64_t coefficient_stride, const Tile* factors, int64_t factor_stride,
+      const Operand* coefficients, int64_t coefficient_stride, const Operand* factors, int64_t factor_stride,
       int64_t ranks);
   void (*gather)(const Io* x, int64_t x_stride, int64_t count, int64_t n, const float* coefficients,
       int64_t coefficient_stride, int64_t ranks, float* sums, int64_t sum_stride);
 };
 
-template <typename Io, typename Tile>
-const LoraKernels<Io, Tile>& lora_kernels();
+template <typename Io, typename Operand>
+const LoraKernels<Io, Operand>& lora_kernels();
 
 // One low-rank update: of `size` output columns from `column` on.
 struct LoraPart {
@@ -119,14 +119,6 @@ Factors<T> transpose_b(const LoraPart& part, const at::Tensor& b, typename Facto
   Factors<T> factors(part.padded(), part.size, order);
   factors.fill(0, part.rank, b.const_data_ptr<Io>(), b.stride(1), part.size, b.stride(0));
   return factors;
-}
-
-// Calls serve(Io, Tile) with values of the types that serve this dtype on this processor.
-template <typename Serve>
-void with_lora_types(at::ScalarType dtype, const Serve& serve) {
-  if (dtype == at::kFloat) return serve(float(), float());
-  if (isa_level() == Isa::avx512_bf16) return serve(at::BFloat16(), at::BFloat16());
-  serve(at::BFloat16(), float());
 }
 
 } // namespace rskernels

@@ -64,7 +64,7 @@ struct Sums {
   int64_t first_group(int64_t slice) const { return groups * slice / slices; }
 };
 
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 class LoraBackward {
  public:
   LoraBackward(const LoraLayout& layout, const Wanted& wanted, const Sums& sums, const Tensor& grad,
@@ -77,18 +77,18 @@ class LoraBackward {
         xa_(xa.contiguous()),
         dx_(dx.defined() ? dx.data_ptr<Io>() : nullptr),
         scale_(scale),
-        simd_(lora_kernels<Io, Tile>()),
-        a_(dx.defined() ? stack_a<Tile, Io>(layout, a, Factors<Tile>::paired)
-                        : Factors<Tile>(0, 0, Factors<Tile>::paired)) {
+        simd_(lora_kernels<Io, Operand>()),
+        a_(dx.defined() ? stack_a<Operand, Io>(layout, a, Factors<Operand>::paired)
+                        : Factors<Operand>(0, 0, Factors<Operand>::paired)) {
     for (size_t p = 0; needs_g() && p < b.size(); ++p) {
-      b_.push_back(transpose_b<Tile, Io>(layout.parts[p], b[p], Factors<Tile>::rows));
+      b_.push_back(transpose_b<Operand, Io>(layout.parts[p], b[p], Factors<Operand>::rows));
     }
   }
 
   void run_slice(int64_t slice) const {
     const int64_t values = kRowGroup * layout_.padded;
-    Buffers buffers{
-        std::vector<float>(values + kVector), std::vector<float>(values + kVector), std::vector<Tile>(values)};
+    Buffers buffers{std::vector<float>(values + kVector), std::vector<float>(values + kVector),
+        std::vector<Operand>(values)};
     float* sums = sums_.slice(slice);
     std::fill_n(sums, sums_.size, 0.0f);
     for (int64_t group = sums_.first_group(slice); group < sums_.first_group(slice + 1); ++group) {
@@ -100,7 +100,7 @@ class LoraBackward {
   // Of a row group: g, x Aᵀ, and g as the coefficients of dx.
   struct Buffers {
     std::vector<float> g, xa;
-    std::vector<Tile> coefficients;
+    std::vector<Operand> coefficients;
   };
 
   bool needs_g() const { return wanted_.a || dx_ != nullptr; }
@@ -128,7 +128,7 @@ class LoraBackward {
           sums_.a_stride);
     }
     if (dx_ == nullptr) return;
-    simd_.scaled(g, 1.0f, buffers.coefficients.data(), count * padded);
+    simd_.write_row(g, 1.0f, buffers.coefficients.data(), count * padded);
     Io* dx = dx_ + row * layout_.in;
     simd_.update(dx, layout_.in, dx, layout_.in, count, layout_.in, buffers.coefficients.data(), padded,
         a_.row(0), a_.stride, padded);
@@ -141,19 +141,16 @@ class LoraBackward {
   const Tensor xa_;
   Io* dx_;
   const float scale_;
-  const LoraKernels<Io, Tile>& simd_;
-  const Factors<Tile> a_;
-  std::vector<Factors<Tile>> b_;
+  const LoraKernels<Io, Operand>& simd_;
+  const Factors<Operand> a_;
+  std::vector<Factors<Operand>> b_;
 };
 
 // The total of all slices at `offset`, times scale, to every `step`-th value of `to`.
 template <typename Io>
 void write_total(const Sums& sums, int64_t offset, int64_t n, float scale, Io* to, int64_t step) {
-  std::vector<float> total(sums.slice(0) + offset, sums.slice(0) + offset + n);
-  for (int64_t slice = 1; slice < sums.slices; ++slice) {
-    const float* from = sums.slice(slice) + offset;
-    for (int64_t c = 0; c < n; ++c) total[c] += from[c];
-  }
+  std::vector<float> total(n);
+  add_slices(sums.slice(0) + offset, sums.slices, sums.size, n, total.data());
   for (int64_t c = 0; c < n; ++c) to[c * step] = static_cast<Io>(scale * total[c]);
 }
 
@@ -202,10 +199,10 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> lora_backward(const
   for (const Tensor& t : b) db.push_back(like(t, wanted.b));
   if (layout.rows == 0) return {dx, da, db};
   if (wanted.x) dx = input_gradient(grad, x, weight);
-  with_lora_types(grad.scalar_type(), [&](auto io, auto tile) {
+  with_operand_types(grad.scalar_type(), [&](auto io, auto operand) {
     using Io = decltype(io);
     const Sums sums(layout, wanted);
-    const LoraBackward<Io, decltype(tile)> pass(
+    const LoraBackward<Io, decltype(operand)> pass(
         layout, wanted, sums, grad, x, xa, wanted.x ? dx : Tensor(), a, b, scale);
     at::parallel_for(0, sums.slices, 1, [&](int64_t begin, int64_t end) {
       for (int64_t slice = begin; slice < end; ++slice) pass.run_slice(slice);

@@ -7,32 +7,6 @@
 
 typedef uint32_t LooseU __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
 
-// kLanes values, or n < kLanes of them and zeros.
-template <bool kTail, typename Io>
-RSK_INLINE VecF load_columns(const Io* p, int64_t n) {
-  if constexpr (kTail) {
-    if (n < kLanes) {
-      Io some[kLanes] = {};
-      if (n > 0) std::memcpy(some, p, n * sizeof(Io));
-      return load(some);
-    }
-  }
-  return load(p);
-}
-
-template <bool kTail, typename Io>
-RSK_INLINE void store_columns(Io* p, VecF x, int64_t n) {
-  if constexpr (kTail) {
-    if (n < kLanes) {
-      Io some[kLanes];
-      store(some, x);
-      if (n > 0) std::memcpy(p, some, n * sizeof(Io));
-      return;
-    }
-  }
-  store(p, x);
-}
-
 // Neighbours of one row, two to a lane.
 template <bool kTail>
 RSK_INLINE VecU load_pairs(const c10::BFloat16* p, int64_t n) {
@@ -46,17 +20,11 @@ RSK_INLINE VecU load_pairs(const c10::BFloat16* p, int64_t n) {
   return *reinterpret_cast<const LooseU*>(p);
 }
 
-// The raw bits of kLanes values.
-template <bool kTail>
-RSK_INLINE VecH load_bits(const c10::BFloat16* p, int64_t n) {
-  if constexpr (kTail) {
-    if (n < kLanes) {
-      c10::BFloat16 some[kLanes] = {};
-      if (n > 0) std::memcpy(some, p, n * sizeof(c10::BFloat16));
-      return *reinterpret_cast<const LooseH*>(some);
-    }
-  }
-  return *reinterpret_cast<const LooseH*>(p);
+// The raw bits of what load_some gives.
+template <bool kWhole>
+RSK_INLINE VecH load_some_bits(const c10::BFloat16* p, int64_t n) {
+  if constexpr (kWhole) return load_bits(p);
+  return n >= kLanes ? load_bits(p) : load_first_bits(p, n);
 }
 
 // sum + a.low * b.low + a.high * b.high
@@ -71,17 +39,17 @@ RSK_INLINE VecF add_pair_products(VecF sum, VecU a, VecU b) {
 constexpr int kRankBlock = kRankPadding, kDotRows = kLanes / kRankBlock;
 
 // kDotRows x kRankBlock dot products of n columns, one in each lane.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 RSK_INLINE VecF dot_square(
-    const Io* const (&rows)[kDotRows], int64_t n, const Tile* factors, int64_t factor_stride) {
-  constexpr bool kPairs = !std::is_same_v<Tile, float>;
+    const Io* const (&rows)[kDotRows], int64_t n, const Operand* factors, int64_t factor_stride) {
+  constexpr bool kPairs = !std::is_same_v<Operand, float>;
   constexpr int64_t kStep = kPairs ? 2 * kLanes : kLanes;
   VecF sums[kLanes] = {};
   int64_t c = 0;
   for (; c + kStep <= n; c += kStep) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRankBlock; ++r) {
-      const Tile* factor = factors + r * factor_stride + c;
+      const Operand* factor = factors + r * factor_stride + c;
 #pragma GCC unroll 4
       for (int i = 0; i < kDotRows; ++i) {
         VecF& sum = sums[i * kRankBlock + r];
@@ -95,13 +63,13 @@ RSK_INLINE VecF dot_square(
   }
   if (c < n) {
     for (int r = 0; r < kRankBlock; ++r) {
-      const Tile* factor = factors + r * factor_stride + c;
+      const Operand* factor = factors + r * factor_stride + c;
       for (int i = 0; i < kDotRows; ++i) {
         VecF& sum = sums[i * kRankBlock + r];
         if constexpr (kPairs) {
           sum = add_pair_products(sum, load_pairs<true>(rows[i] + c, n - c), load_pairs<false>(factor, 0));
         } else {
-          sum += load_columns<true>(rows[i] + c, n - c) * load(factor);
+          sum += load_first(rows[i] + c, n - c) * load(factor);
         }
       }
     }
@@ -114,8 +82,8 @@ RSK_INLINE VecF dot_square(
 }
 
 // out[row][r] = scale * (the sum over columns of x[row][c] * factors[r][c])
-template <typename Io, typename Tile>
-inline void project(const Io* x, int64_t x_stride, int64_t count, int64_t n, const Tile* factors,
+template <typename Io, typename Operand>
+inline void project(const Io* x, int64_t x_stride, int64_t count, int64_t n, const Operand* factors,
     int64_t factor_stride, int64_t ranks, float scale, float* out, int64_t out_stride) {
   for (int64_t first = 0; first < count; first += kDotRows) {
     const Io* rows[kDotRows];
@@ -133,29 +101,21 @@ inline void project(const Io* x, int64_t x_stride, int64_t count, int64_t n, con
   }
 }
 
-// to[i] = scale * from[i]: the coefficients of `update`.
-template <typename Tile>
-inline void scaled(const float* from, float scale, Tile* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i) * scale);
-  for (; i < n; ++i) to[i] = static_cast<Tile>(from[i] * scale);
-}
-
 // Accumulators of the two products below: half of the registers, at most.
 constexpr int kAccumulators = kLanes == 16 ? 16 : 8;
 constexpr int kUpdateRows = 4, kUpdateVectors = kAccumulators / kUpdateRows;
 
-template <int kRows, bool kTail, typename Io, typename Tile>
+template <int kRows, bool kTail, typename Io, typename Operand>
 RSK_INLINE void update_strip(const Io* from, int64_t from_stride, Io* to, int64_t to_stride, int64_t n,
-    const Tile* coefficients, int64_t coefficient_stride, const Tile* factors, int64_t factor_stride,
+    const Operand* coefficients, int64_t coefficient_stride, const Operand* factors, int64_t factor_stride,
     int64_t ranks) {
-  constexpr int kTogether = std::is_same_v<Tile, float> ? 1 : 2; // ranks
+  constexpr int kTogether = std::is_same_v<Operand, float> ? 1 : 2; // ranks
   VecF products[kRows][kUpdateVectors] = {};
   for (int64_t r = 0; r < ranks; r += kTogether) {
-    const Tile* factor = factors + r * factor_stride;
+    const Operand* factor = factors + r * factor_stride;
 #pragma GCC unroll 4
     for (int i = 0; i < kRows; ++i) {
-      const Tile* coefficient = coefficients + i * coefficient_stride + r;
+      const Operand* coefficient = coefficients + i * coefficient_stride + r;
 #pragma GCC unroll 4
       for (int v = 0; v < kUpdateVectors; ++v) {
         VecF& product = products[i][v];
@@ -173,19 +133,19 @@ RSK_INLINE void update_strip(const Io* from, int64_t from_stride, Io* to, int64_
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kUpdateVectors; ++v) {
-      const int64_t left = n - v * kLanes;
-      const VecF value = load_columns<kTail>(from + i * from_stride + v * kLanes, left) + products[i][v];
-      store_columns<kTail>(to + i * to_stride + v * kLanes, value, left);
+      const int64_t left = std::max<int64_t>(n - v * kLanes, 0);
+      const VecF value = load_some<!kTail>(from + i * from_stride + v * kLanes, left) + products[i][v];
+      store_some<!kTail>(to + i * to_stride + v * kLanes, value, left);
     }
   }
 }
 
-template <int kRows, typename Io, typename Tile>
+template <int kRows, typename Io, typename Operand>
 inline void update_rows(const Io* from, int64_t from_stride, Io* to, int64_t to_stride, int64_t n,
-    const Tile* coefficients, int64_t coefficient_stride, const Tile* factors, int64_t factor_stride,
+    const Operand* coefficients, int64_t coefficient_stride, const Operand* factors, int64_t factor_stride,
     int64_t ranks) {
   constexpr int64_t kStep = kUpdateVectors * kLanes;
-  constexpr int64_t kWide = std::is_same_v<Tile, float> ? 1 : 2; // values of a column in `factors`
+  constexpr int64_t kWide = std::is_same_v<Operand, float> ? 1 : 2; // values of a column in `factors`
   int64_t c = 0;
   for (; c + kStep <= n; c += kStep) {
     update_strip<kRows, false>(from + c, from_stride, to + c, to_stride, n, coefficients, coefficient_stride,
@@ -199,9 +159,9 @@ inline void update_rows(const Io* from, int64_t from_stride, Io* to, int64_t to_
 
 // to[row][c] = from[row][c] + the sum over r of coefficients[row][r] * factors[r][c]. bf16 factors are paired
 // (lora.h). The sum is formed first, so that a sum of zeros changes no value.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 inline void update(const Io* from, int64_t from_stride, Io* to, int64_t to_stride, int64_t count, int64_t n,
-    const Tile* coefficients, int64_t coefficient_stride, const Tile* factors, int64_t factor_stride,
+    const Operand* coefficients, int64_t coefficient_stride, const Operand* factors, int64_t factor_stride,
     int64_t ranks) {
   int64_t row = 0;
   for (; row + kUpdateRows <= count; row += kUpdateRows) {
@@ -214,7 +174,7 @@ inline void update(const Io* from, int64_t from_stride, Io* to, int64_t to_strid
   }
 }
 
-template <int kRanks, int kVectors, bool kTail, typename Io, typename Tile>
+template <int kRanks, int kVectors, bool kTail, typename Io, typename Operand>
 RSK_INLINE void gather_strip(const Io* x, int64_t x_stride, int64_t count, int64_t n, const float* coefficients,
     int64_t coefficient_stride, const c10::BFloat16* pairs, float* sums, int64_t sum_stride) {
   VecF totals[kRanks][kVectors];
@@ -223,11 +183,12 @@ RSK_INLINE void gather_strip(const Io* x, int64_t x_stride, int64_t count, int64
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) totals[r][v] = load(sums + r * sum_stride + v * kLanes);
   }
-  if constexpr (std::is_same_v<Tile, float>) {
+  if constexpr (std::is_same_v<Operand, float>) {
     for (int64_t row = 0; row < count; ++row) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const VecF values = load_columns<kTail>(x + row * x_stride + v * kLanes, n - v * kLanes);
+        const int64_t left = std::max<int64_t>(n - v * kLanes, 0);
+        const VecF values = load_some<!kTail>(x + row * x_stride + v * kLanes, left);
 #pragma GCC unroll 8
         for (int r = 0; r < kRanks; ++r) {
           totals[r][v] += values * splat(coefficients[row * coefficient_stride + r]);
@@ -239,8 +200,9 @@ RSK_INLINE void gather_strip(const Io* x, int64_t x_stride, int64_t count, int64
       const int64_t odd = row + 1 < count ? row + 1 : row; // without a partner its coefficient is 0
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        const VecH low = load_bits<kTail>(x + row * x_stride + v * kLanes, n - v * kLanes);
-        VecH high = load_bits<kTail>(x + odd * x_stride + v * kLanes, n - v * kLanes);
+        const int64_t left = std::max<int64_t>(n - v * kLanes, 0);
+        const VecH low = load_some_bits<!kTail>(x + row * x_stride + v * kLanes, left);
+        VecH high = load_some_bits<!kTail>(x + odd * x_stride + v * kLanes, left);
         if (odd == row) high = VecH{}; // zeros: 0 times a NaN is not 0
         const VecU values = __builtin_convertvector(low, VecU) | __builtin_convertvector(high, VecU) << 16;
 #pragma GCC unroll 8
@@ -259,14 +221,14 @@ RSK_INLINE void gather_strip(const Io* x, int64_t x_stride, int64_t count, int64
   }
 }
 
-template <int kRanks, typename Io, typename Tile>
+template <int kRanks, typename Io, typename Operand>
 inline void gather_ranks(const Io* x, int64_t x_stride, int64_t count, int64_t n, const float* coefficients,
     int64_t coefficient_stride, float* sums, int64_t sum_stride) {
   constexpr int kVectors = kAccumulators / kRanks;
   constexpr int64_t kStep = kVectors * kLanes;
   // The coefficients of two rows side by side, kLanes ranks of them (what follows the block is not used).
   c10::BFloat16 pairs[kRowGroup * kLanes];
-  if constexpr (!std::is_same_v<Tile, float>) {
+  if constexpr (!std::is_same_v<Operand, float>) {
     for (int64_t row = 0; row < count; row += 2) {
       const float* even = coefficients + row * coefficient_stride;
       const VecF odd = row + 1 < count ? load(even + coefficient_stride) : VecF{};
@@ -275,30 +237,30 @@ inline void gather_ranks(const Io* x, int64_t x_stride, int64_t count, int64_t n
   }
   int64_t c = 0;
   for (; c + kStep <= n; c += kStep) {
-    gather_strip<kRanks, kVectors, false, Io, Tile>(
+    gather_strip<kRanks, kVectors, false, Io, Operand>(
         x + c, x_stride, count, n, coefficients, coefficient_stride, pairs, sums + c, sum_stride);
   }
   if (c < n) {
-    gather_strip<kRanks, kVectors, true, Io, Tile>(
+    gather_strip<kRanks, kVectors, true, Io, Operand>(
         x + c, x_stride, count, n - c, coefficients, coefficient_stride, pairs, sums + c, sum_stride);
   }
 }
 
 // sums[r][c] += the sum over `count` <= kRowGroup rows of coefficients[row][r] * x[row][c]
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 inline void gather(const Io* x, int64_t x_stride, int64_t count, int64_t n, const float* coefficients,
     int64_t coefficient_stride, int64_t ranks, float* sums, int64_t sum_stride) {
   int64_t r = 0;
   for (; r + 8 <= ranks; r += 8) {
-    gather_ranks<8, Io, Tile>(
+    gather_ranks<8, Io, Operand>(
         x, x_stride, count, n, coefficients + r, coefficient_stride, sums + r * sum_stride, sum_stride);
   }
   if (r < ranks) {
-    gather_ranks<4, Io, Tile>(
+    gather_ranks<4, Io, Operand>(
         x, x_stride, count, n, coefficients + r, coefficient_stride, sums + r * sum_stride, sum_stride);
   }
 }
 
-template <typename Io, typename Tile>
-inline constexpr LoraKernels<Io, Tile> kLoraKernels = {
-    project<Io, Tile>, scaled<Tile>, update<Io, Tile>, gather<Io, Tile>};
+template <typename Io, typename Operand>
+inline constexpr LoraKernels<Io, Operand> kLoraKernels = {
+    project<Io, Operand>, write_row<Operand>, update<Io, Operand>, gather<Io, Operand>};

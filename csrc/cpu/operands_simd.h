@@ -38,30 +38,7 @@ inline void transpose_into_shifted(const float* from, int64_t from_stride, int64
   }
 }
 
-// A left operand: rows become columns. In bf16 pairs of columns travel together and part on arrival.
-inline void transpose_left(
-    const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
-  transpose(from, from_stride, nullptr, rows, columns, to, to_stride);
-}
-
-inline void transpose_left(const c10::BFloat16* from, int64_t from_stride, int64_t rows, int64_t columns,
-    c10::BFloat16* to, int64_t to_stride) {
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    for (int64_t c = 0; c < columns; c += 2 * kLanes) {
-      VecF square[kLanes];
-      load_square(reinterpret_cast<const float*>(from + r * from_stride + c), from_stride / 2, nullptr,
-          rows - r, square);
-      transpose_square(square);
-      for (int64_t i = 0; i < kLanes && c + 2 * i < columns; ++i) {
-        c10::BFloat16* pair = to + (c + 2 * i) * to_stride + r;
-        *reinterpret_cast<LooseH*>(pair) = __builtin_convertvector((VecU)square[i], VecH);
-        *reinterpret_cast<LooseH*>(pair + to_stride) = __builtin_convertvector((VecU)square[i] >> 16, VecH);
-      }
-    }
-  }
-}
-
-// A right operand: the same, but in bf16 the pairs stay together.
+// Rows as a right operand, transposed: in bf16 pairs of columns travel together.
 inline void transpose_right(
     const float* from, int64_t from_stride, int64_t rows, int64_t columns, float* to, int64_t to_stride) {
   transpose(from, from_stride, nullptr, rows, columns, to, to_stride);
@@ -82,10 +59,6 @@ inline const float* pair_rows(const float* from, int64_t, int64_t, float*) {
 RSK_INLINE void store_pairs(c10::BFloat16* p, VecH even, VecH odd) {
   store(reinterpret_cast<float*>(p),
       (VecF)(__builtin_convertvector(even, VecU) | __builtin_convertvector(odd, VecU) << 16));
-}
-
-RSK_INLINE VecH load_bits(const c10::BFloat16* p) {
-  return *reinterpret_cast<const LooseH*>(p);
 }
 
 inline const c10::BFloat16* pair_rows(

@@ -21,9 +21,9 @@
 
 namespace rskernels {
 
-template <typename Io, typename Tile>
-const AttentionKernels<Io, Tile>& attention_kernels() {
-  return RSK_AT_ISA_LEVEL(kAttentionKernels<Io, Tile>);
+template <typename Io, typename Operand>
+const AttentionKernels<Io, Operand>& attention_kernels() {
+  return RSK_AT_ISA_LEVEL(kAttentionKernels<Io, Operand>);
 }
 template const AttentionKernels<float, float>& attention_kernels();
 template const AttentionKernels<at::BFloat16, float>& attention_kernels();
@@ -96,10 +96,10 @@ at::Tensor padding(const Layout& layout, const at::Tensor& qkv, const OptionalTe
 
 namespace {
 
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 class Forward {
  public:
-  Forward(const Layout& layout, const Tables& tables, const PackedTables<Io, Tile>& packed,
+  Forward(const Layout& layout, const Tables& tables, const PackedTables<Io, Operand>& packed,
       const at::Tensor& qkv, const at::Tensor& pad, const at::Tensor& out, const at::Tensor& lse, int64_t parts)
       : layout_(layout),
         query_tile_(layout.query_tile(parts == 1)),
@@ -109,17 +109,17 @@ class Forward {
         out_(out),
         lse_(lse.data_ptr<float>()),
         parts_(parts),
-        simd_(attention_kernels<Io, Tile>()),
+        simd_(attention_kernels<Io, Operand>()),
         queries_(layout, query_tile_, tables, packed, scratch_) {
     const int64_t tokens = key_tiles_.count * key_tiles_.size;
-    k_rows_ = scratch_.take<Tile>(tokens * layout.row_size);
-    v_right_ = scratch_.take<Tile>(tokens * layout.row_size);
+    k_rows_ = scratch_.take<Operand>(tokens * layout.row_size);
+    v_right_ = scratch_.take<Operand>(tokens * layout.row_size);
     zeros_ = scratch_.take<Io>(layout.row_size);
     scores_ = scratch_.take<float>(key_tiles_.size * query_tile_);
-    if constexpr (std::is_same_v<Tile, float>) {
+    if constexpr (std::is_same_v<Operand, float>) {
       p_ = scores_;
     } else {
-      p_ = scratch_.take<Tile>(key_tiles_.size * query_tile_);
+      p_ = scratch_.take<Operand>(key_tiles_.size * query_tile_);
     }
     largest_ = scratch_.take<float>(query_tile_);
     old_largest_ = scratch_.take<float>(query_tile_);
@@ -134,8 +134,8 @@ class Forward {
     const int64_t part = task % parts_;
     const int64_t first = tiles.count * part / parts_, last = tiles.count * (part + 1) / parts_;
     if (first == last) return;
-    pack_window<Io, Tile>(layout_, qkv_, pad_, unit, 1, k_rows_);
-    pack_window_right<Io, Tile>(layout_, qkv_, pad_, unit, 2, zeros_, v_right_);
+    pack_window<Io, Operand>(layout_, qkv_, pad_, unit, 1, k_rows_);
+    pack_window_right<Io, Operand>(layout_, qkv_, pad_, unit, 2, zeros_, v_right_);
     for (int64_t t = first; t < last; ++t) attend(unit, tiles.begin(t), tiles.length(t));
   }
 
@@ -152,13 +152,13 @@ class Forward {
   void attend_to(int64_t t) {
     const int64_t lanes = queries_.lanes, keys = key_tiles_.length(t), first = key_tiles_.begin(t);
     const ScoreTile tile = queries_.scores(first, keys);
-    tile_product(keys, lanes, depth<Tile>(layout_.dim), k_rows_ + first * layout_.row_size, layout_.row_size,
+    tile_product(keys, lanes, depth<Operand>(layout_.dim), k_rows_ + first * layout_.row_size, layout_.row_size,
         queries_.right, lanes, scores_, lanes, false);
     std::copy_n(largest_, lanes, old_largest_);
     simd_.row_max(tile, scores_, largest_);
     if (t > 0) simd_.rescale(lanes, old_largest_, largest_, sums_, out_rows_, layout_.row_size);
     simd_.softmax(tile, scores_, largest_, sums_, p_);
-    tile_product_columns(queries_.count, layout_.row_size, depth<Tile>(keys), p_, lanes,
+    tile_product_columns(queries_.count, layout_.row_size, depth<Operand>(keys), p_, lanes,
         v_right_ + first * layout_.row_size, layout_.row_size, out_rows_, layout_.row_size, t > 0);
   }
 
@@ -179,18 +179,18 @@ class Forward {
   const Tokens<Io> out_;
   float* lse_;
   const int64_t parts_;
-  const AttentionKernels<Io, Tile>& simd_;
+  const AttentionKernels<Io, Operand>& simd_;
   Scratch scratch_;
-  QueryTile<Io, Tile> queries_;
-  Tile *k_rows_, *v_right_, *p_;
+  QueryTile<Io, Operand> queries_;
+  Operand *k_rows_, *v_right_, *p_;
   Io* zeros_;
   float *scores_, *largest_, *old_largest_, *sums_, *out_rows_;
 };
 
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 void forward(const Layout& layout, const Tables& tables, const at::Tensor& qkv, const at::Tensor& pad,
     const at::Tensor& out, const at::Tensor& lse) {
-  const PackedTables<Io, Tile> packed(layout, tables);
+  const PackedTables<Io, Operand> packed(layout, tables);
   // Several tasks a unit only where there are few units: each packs the unit's keys again. A query's result
   // does not depend on the cut.
   const int64_t units = layout.units();
@@ -198,7 +198,7 @@ void forward(const Layout& layout, const Tables& tables, const at::Tensor& qkv, 
   const int64_t parts = std::clamp<int64_t>((4 * at::get_num_threads() + units - 1) / units, 1, most);
   const int64_t heads_at_once = std::clamp<int64_t>(units / (8 * at::get_num_threads()), 1, layout.heads);
   run_tasks(units * parts, heads_at_once,
-      [&] { return Forward<Io, Tile>(layout, tables, packed, qkv, pad, out, lse, parts); });
+      [&] { return Forward<Io, Operand>(layout, tables, packed, qkv, pad, out, lse, parts); });
 }
 
 std::tuple<at::Tensor, at::Tensor> rel_pos_attention_forward(const at::Tensor& qkv_,
@@ -212,13 +212,9 @@ std::tuple<at::Tensor, at::Tensor> rel_pos_attention_forward(const at::Tensor& q
   at::Tensor lse =
       at::empty({layout.batch, layout.heads, layout.height, layout.width}, qkv.options().dtype(at::kFloat));
   if (qkv.numel() == 0) return {out, lse};
-  if (qkv.scalar_type() == at::kFloat) {
-    forward<float, float>(layout, tables, qkv, pad, out, lse);
-  } else if (has_bf16_tiles()) {
-    forward<at::BFloat16, at::BFloat16>(layout, tables, qkv, pad, out, lse);
-  } else {
-    forward<at::BFloat16, float>(layout, tables, qkv, pad, out, lse);
-  }
+  with_operand_types(qkv.scalar_type(), [&](auto io, auto operand) {
+    forward<decltype(io), decltype(operand)>(layout, tables, qkv, pad, out, lse);
+  });
   return {out, lse};
 }
 

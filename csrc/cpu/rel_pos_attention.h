@@ -39,31 +39,32 @@ struct GradientTile : ScoreTile {
 };
 
 // Vector passes, chosen by instruction set (rel_pos_attention_simd.h).
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 struct AttentionKernels {
-  void (*pack_row)(const Io* from, Tile* to, int64_t n);
-  void (*pack_two)(const Io* even, const Io* odd, Tile* to, int64_t stride, int64_t n);
+  void (*pack_row)(const Io* from, Operand* to, int64_t n);
+  void (*pack_two)(const Io* even, const Io* odd, Operand* to, int64_t stride, int64_t n);
   void (*write_row)(const float* from, float factor, Io* to, int64_t n);
   void (*scale_row)(const float* from, float factor, float* to, int64_t n);
   float (*dot)(const Io* a, const Io* b, int64_t n);
   void (*transpose_right)(
-      const Tile* from, int64_t from_stride, int64_t rows, int64_t columns, Tile* to, int64_t to_stride);
-  const Tile* (*pair_rows)(const Tile* from, int64_t stride, int64_t rows, Tile* to);
-  const Tile* (*round_rows)(float* from, int64_t stride, int64_t rows, Tile* rounded, Tile* pairs);
+      const Operand* from, int64_t from_stride, int64_t rows, int64_t columns, Operand* to, int64_t to_stride);
+  const Operand* (*pair_rows)(const Operand* from, int64_t stride, int64_t rows, Operand* to);
+  const Operand* (*round_rows)(float* from, int64_t stride, int64_t rows, Operand* rounded, Operand* pairs);
   void (*transpose)(const float* from, int64_t from_stride, const int64_t* shift, int64_t rows, int64_t columns,
       float* to, int64_t to_stride);
   void (*transpose_into_shifted)(const float* from, int64_t from_stride, int64_t rows, int64_t columns,
       float* to, int64_t to_stride, const int64_t* shift);
   void (*row_max)(const ScoreTile& tile, const float* scores, float* largest);
-  void (*softmax)(const ScoreTile& tile, const float* scores, const float* largest, float* sums, Tile* out);
+  void (*softmax)(const ScoreTile& tile, const float* scores, const float* largest, float* sums, Operand* out);
   void (*rescale)(
       int64_t lanes, float* old_largest, const float* largest, float* sums, float* out, int64_t row);
   void (*row_delta)(const GradientTile& tile, float* delta);
-  void (*score_gradient)(const GradientTile& tile, bool weighed, Tile* p_rows, Tile* ds_rows, Tile* ds_pairs);
+  void (*score_gradient)(
+      const GradientTile& tile, bool weighed, Operand* p_rows, Operand* ds_rows, Operand* ds_pairs);
 };
 
-template <typename Io, typename Tile>
-const AttentionKernels<Io, Tile>& attention_kernels();
+template <typename Io, typename Operand>
+const AttentionKernels<Io, Operand>& attention_kernels();
 
 struct Unit {
   int64_t batch, head, top, left, rows, columns; // of the window: where it starts, how much is inside the grid
@@ -142,15 +143,16 @@ struct Tokens {
 
 // The tables as right operands: of q (dim x entries, `stride` apart), and of the biases' gradients (entries x
 // dim, `row_size` apart).
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 struct PackedTables {
-  std::vector<Tile> of_q, of_gradient;
+  std::vector<Operand> of_q, of_gradient;
 
   PackedTables(const Layout& layout, const Tables& tables) {
     if (!tables.defined()) return;
-    const auto& simd = attention_kernels<Io, Tile>();
+    const auto& simd = attention_kernels<Io, Operand>();
     const int64_t entries = round_up(tables.entries, kVector);
-    std::vector<Tile> rows(entries * layout.row_size + 2 * kVector, Tile(0)); // transpositions run over the end
+    std::vector<Operand> rows(
+        entries * layout.row_size + 2 * kVector, Operand(0)); // transpositions run over the end
     const float* from = tables.rows.const_data_ptr<float>();
     for (int64_t i = 0; i < tables.entries; ++i) {
       std::copy_n(from + i * layout.dim, layout.dim, rows.data() + i * layout.row_size);
@@ -158,7 +160,7 @@ struct PackedTables {
     of_q.resize(layout.row_size * tables.stride);
     simd.transpose_right(rows.data(), layout.row_size, entries, layout.dim, of_q.data(), tables.stride);
     of_gradient.resize(rows.size());
-    const Tile* pairs = simd.pair_rows(rows.data(), layout.row_size, entries, of_gradient.data());
+    const Operand* pairs = simd.pair_rows(rows.data(), layout.row_size, entries, of_gradient.data());
     if (pairs != of_gradient.data()) of_gradient = std::move(rows); // fp32: as they are
   }
 };
@@ -174,14 +176,14 @@ void prefetch_next_head(const Io* head, int64_t dim) {
 }
 
 // What a thread knows of the query tile at hand.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 class QueryTile {
  public:
-  QueryTile(const Layout& layout, int64_t largest, const Tables& tables, const PackedTables<Io, Tile>& packed,
-      Scratch& scratch)
-      : layout_(layout), tables_(tables), packed_(packed), simd_(attention_kernels<Io, Tile>()) {
-    rows = scratch.take<Tile>(largest * layout.row_size);
-    right = scratch.take<Tile>(largest * layout.row_size);
+  QueryTile(const Layout& layout, int64_t largest, const Tables& tables,
+      const PackedTables<Io, Operand>& packed, Scratch& scratch)
+      : layout_(layout), tables_(tables), packed_(packed), simd_(attention_kernels<Io, Operand>()) {
+    rows = scratch.take<Operand>(largest * layout.row_size);
+    right = scratch.take<Operand>(largest * layout.row_size);
     if (!tables.defined()) return;
     shift_h = scratch.take<int64_t>(largest);
     shift_w = scratch.take<int64_t>(largest);
@@ -200,13 +202,13 @@ class QueryTile {
   }
 
   // Channels first .. first + dim of the tile's tokens in `tokens`, as rows; lanes beyond the last query are 0.
-  void pack(const Tokens<const Io>& tokens, const Unit& unit, int64_t begin, int64_t first, Tile* to) const {
+  void pack(const Tokens<const Io>& tokens, const Unit& unit, int64_t begin, int64_t first, Operand* to) const {
     for_queries(unit, begin, count, [&](int64_t i, int64_t y, int64_t x) {
       const Io* from = tokens.at(unit, y, x) + first;
       simd_.pack_row(from, to + i * layout_.row_size, layout_.dim);
       prefetch_next_head(from, layout_.dim);
     });
-    std::fill(to + count * layout_.row_size, to + lanes * layout_.row_size, Tile(0));
+    std::fill(to + count * layout_.row_size, to + lanes * layout_.row_size, Operand(0));
   }
 
   ScoreTile scores(int64_t first_key, int64_t keys) const {
@@ -216,7 +218,7 @@ class QueryTile {
   // Where a query's biases start in its row of products with the tables.
   int64_t *shift_h = nullptr, *shift_w = nullptr;
   int64_t count = 0, lanes = 0;
-  Tile *rows, *right;
+  Operand *rows, *right;
 
  private:
   void load_bias(const Unit& unit, int64_t begin) {
@@ -225,7 +227,7 @@ class QueryTile {
       shift_w[i] = tables_.entries_h + layout_.window_w - 1 - x;
     });
     for (int64_t i = count; i < lanes; ++i) shift_h[i] = shift_w[i] = 0;
-    tile_product(lanes, round_up(tables_.entries, kVector), depth<Tile>(layout_.dim), rows, layout_.row_size,
+    tile_product(lanes, round_up(tables_.entries, kVector), depth<Operand>(layout_.dim), rows, layout_.row_size,
         packed_.of_q.data(), tables_.stride, products_, tables_.stride, false);
     simd_.transpose(products_, tables_.stride, shift_h, lanes, layout_.window_h, rel_h_, lanes);
     simd_.transpose(products_, tables_.stride, shift_w, lanes, layout_.window_w, rel_w_, lanes);
@@ -233,8 +235,8 @@ class QueryTile {
 
   const Layout& layout_;
   const Tables& tables_;
-  const PackedTables<Io, Tile>& packed_;
-  const AttentionKernels<Io, Tile>& simd_;
+  const PackedTables<Io, Operand>& packed_;
+  const AttentionKernels<Io, Operand>& simd_;
   float *products_ = nullptr, *rel_h_ = nullptr, *rel_w_ = nullptr;
 };
 
@@ -251,10 +253,10 @@ void for_keys(
 }
 
 // Keys (which = 1) or values (which = 2) of a unit as rows, the left operand.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 void pack_window(const Layout& layout, const Tokens<const Io>& qkv, const Io* pad, const Unit& unit,
-    int64_t which, Tile* to) {
-  const auto& simd = attention_kernels<Io, Tile>();
+    int64_t which, Operand* to) {
+  const auto& simd = attention_kernels<Io, Operand>();
   const int64_t first = which * layout.embed + unit.head * layout.dim;
   for_keys(layout, qkv, pad, unit, [&](int64_t key, const Io* token) {
     simd.pack_row(token + first, to + key * layout.row_size, layout.dim);
@@ -263,10 +265,10 @@ void pack_window(const Layout& layout, const Tokens<const Io>& qkv, const Io* pa
 }
 
 // The same as a right operand; `zeros` is paired with an odd last key.
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 void pack_window_right(const Layout& layout, const Tokens<const Io>& qkv, const Io* pad, const Unit& unit,
-    int64_t which, const Io* zeros, Tile* to) {
-  const auto& simd = attention_kernels<Io, Tile>();
+    int64_t which, const Io* zeros, Operand* to) {
+  const auto& simd = attention_kernels<Io, Operand>();
   const int64_t first = which * layout.embed + unit.head * layout.dim, row = layout.row_size;
   const Io* even = nullptr;
   for_keys(layout, qkv, pad, unit, [&](int64_t key, const Io* token) {

@@ -25,6 +25,9 @@ namespace {
 
 constexpr int64_t kEnoughTasks = 24; // fewer units than this are cut into parts
 constexpr int64_t kMostSlices = 64;  // partial sums of the tables' gradients
+// Padded tokens whose gradients are added up before they join a slice's sum: one by one, terms that are alike all
+// round to one side.
+constexpr int64_t kPadsTogether = 32;
 
 struct Cut {
   int64_t parts, tasks, slices;
@@ -54,10 +57,10 @@ struct Call {
   Wanted wanted;
 };
 
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 class Backward {
  public:
-  Backward(const Layout& layout, const Cut& cut, const Tables& tables, const PackedTables<Io, Tile>& packed,
+  Backward(const Layout& layout, const Cut& cut, const Tables& tables, const PackedTables<Io, Operand>& packed,
       const Call& call)
       : layout_(layout),
         cut_(cut),
@@ -72,35 +75,36 @@ class Backward {
         dqkv_(call.dqkv),
         pad_(call.pad.const_data_ptr<Io>()),
         lse_data_(call.lse.const_data_ptr<float>()),
-        simd_(attention_kernels<Io, Tile>()),
+        simd_(attention_kernels<Io, Operand>()),
         queries_(layout, query_tile_, tables, packed, scratch_) {
     const int64_t row = layout.row_size, unit = key_tiles_.count * key_tiles_.size * row;
-    k_rows_ = scratch_.take<Tile>(unit);
-    v_rows_ = scratch_.take<Tile>(unit);
-    k_pairs_ = std::is_same_v<Tile, float> ? k_rows_ : scratch_.take<Tile>(unit);
+    k_rows_ = scratch_.take<Operand>(unit);
+    v_rows_ = scratch_.take<Operand>(unit);
+    k_pairs_ = std::is_same_v<Operand, float> ? k_rows_ : scratch_.take<Operand>(unit);
     for (float** sums : {&dk_, &dv_}) *sums = scratch_.take<float>(layout.keys * row);
-    for (Tile** rows : {&do_rows_, &do_right_, &do_pairs_, &q_pairs_})
-      *rows = scratch_.take<Tile>(query_tile_ * row);
+    for (Operand** rows : {&do_rows_, &do_right_, &do_pairs_, &q_pairs_})
+      *rows = scratch_.take<Operand>(query_tile_ * row);
     const int64_t tile = key_tiles_.size * query_tile_;
     scores_ = scratch_.take<float>(tile);
     dp_ = scratch_.take<float>(tile);
-    if constexpr (std::is_same_v<Tile, float>) {
+    if constexpr (std::is_same_v<Operand, float>) {
       p_rows_ = scores_;
       ds_rows_ = ds_pairs_ = dp_;
     } else {
-      for (Tile** rows : {&p_rows_, &ds_rows_, &ds_pairs_}) *rows = scratch_.take<Tile>(tile);
+      for (Operand** rows : {&p_rows_, &ds_rows_, &ds_pairs_}) *rows = scratch_.take<Operand>(tile);
     }
     for (float** rows : {&lse_, &delta_}) *rows = scratch_.take<float>(query_tile_);
     dq_rows_ = scratch_.take<float>(query_tile_ * row);
+    pads_ = scratch_.take<float>(2 * row);
     if (!tables.defined()) return;
     grad_h_ = scratch_.take<float>(query_tile_ * round_up(layout.window_h, kVector));
     grad_w_ = scratch_.take<float>(query_tile_ * round_up(layout.window_w, kVector));
     grad_products_ = scratch_.take<float>(query_tile_ * tables.stride);
-    if constexpr (std::is_same_v<Tile, float>) {
+    if constexpr (std::is_same_v<Operand, float>) {
       grad_rows_ = grad_products_;
     } else {
-      grad_rows_ = scratch_.take<Tile>(query_tile_ * tables.stride);
-      grad_pairs_ = scratch_.take<Tile>(query_tile_ * tables.stride);
+      grad_rows_ = scratch_.take<Operand>(query_tile_ * tables.stride);
+      grad_pairs_ = scratch_.take<Operand>(query_tile_ * tables.stride);
     }
   }
 
@@ -115,14 +119,8 @@ class Backward {
     slice_ = index; // there are at least as many slices as units here
     const int64_t n = 2 * layout_.keys * layout_.row_size;
     const float* parts = call_.part_sums.const_data_ptr<float>() + index * cut_.parts * n;
-    std::copy_n(parts, n / 2, dk_);
-    std::copy_n(parts + n / 2, n / 2, dv_);
-    for (int64_t part = 1; part < cut_.parts; ++part) {
-      for (int64_t i = 0; i < n / 2; ++i) {
-        dk_[i] += parts[part * n + i];
-        dv_[i] += parts[part * n + n / 2 + i];
-      }
-    }
+    add_slices(parts, cut_.parts, n, n / 2, dk_);
+    add_slices(parts + n / 2, cut_.parts, n, n / 2, dv_);
     write_key_gradients(layout_.unit(index));
   }
 
@@ -147,8 +145,8 @@ class Backward {
   }
 
   void load_keys(const Unit& unit) {
-    pack_window<Io, Tile>(layout_, qkv_, pad_, unit, 1, k_rows_);
-    pack_window<Io, Tile>(layout_, qkv_, pad_, unit, 2, v_rows_);
+    pack_window<Io, Operand>(layout_, qkv_, pad_, unit, 1, k_rows_);
+    pack_window<Io, Operand>(layout_, qkv_, pad_, unit, 2, v_rows_);
     if (call_.wanted.qkv) simd_.pair_rows(k_rows_, layout_.row_size, layout_.keys, k_pairs_);
   }
 
@@ -165,7 +163,7 @@ class Backward {
     const int64_t dim = layout_.dim, row = layout_.row_size;
     simd_.scale_row(dq_rows_, layout_.scale, dq_rows_, queries_.count * row);
     if (tables_.defined()) {
-      tile_product(queries_.count, row, depth<Tile>(tables_.entries), grad_rows_, tables_.stride,
+      tile_product(queries_.count, row, depth<Operand>(tables_.entries), grad_rows_, tables_.stride,
           packed_.of_gradient.data(), row, dq_rows_, row, true);
     }
     for_queries(unit, begin, queries_.count, [&](int64_t i, int64_t y, int64_t x) {
@@ -199,7 +197,7 @@ class Backward {
   void add_pair(int64_t t, bool more) {
     const int64_t lanes = queries_.lanes, row = layout_.row_size;
     const int64_t keys = key_tiles_.length(t), first = key_tiles_.begin(t);
-    const int64_t dim_depth = depth<Tile>(layout_.dim);
+    const int64_t dim_depth = depth<Operand>(layout_.dim);
     tile_product(
         keys, lanes, dim_depth, k_rows_ + first * row, row, queries_.right, lanes, scores_, lanes, false);
     tile_product(keys, lanes, dim_depth, v_rows_ + first * row, row, do_right_, lanes, dp_, lanes, false);
@@ -208,14 +206,14 @@ class Backward {
     if (weighed) simd_.row_delta(tile, delta_);
     simd_.score_gradient(tile, weighed, p_rows_, ds_rows_, ds_pairs_);
     if (call_.wanted.keys()) {
-      const int64_t depth_of_queries = depth<Tile>(queries_.count);
+      const int64_t depth_of_queries = depth<Operand>(queries_.count);
       tile_product(
           keys, row, depth_of_queries, p_rows_, lanes, do_by_query_, row, dv_ + first * row, row, more);
       tile_product(
           keys, row, depth_of_queries, ds_rows_, lanes, q_by_query_, row, dk_ + first * row, row, more);
     }
     if (call_.wanted.qkv) {
-      tile_product_columns(queries_.count, row, depth<Tile>(keys), ds_pairs_, lanes, k_pairs_ + first * row,
+      tile_product_columns(queries_.count, row, depth<Operand>(keys), ds_pairs_, lanes, k_pairs_ + first * row,
           row, dq_rows_, row, t > 0);
     }
   }
@@ -234,7 +232,7 @@ class Backward {
   void add_table_gradients() {
     const int64_t dim = layout_.dim;
     float* sums = call_.table_sums.template data_ptr<float>() + slice_ * tables_.entries * dim;
-    tile_product_columns(tables_.entries, dim, depth<Tile>(queries_.count), grad_by_query_, tables_.stride,
+    tile_product_columns(tables_.entries, dim, depth<Operand>(queries_.count), grad_by_query_, tables_.stride,
         q_by_query_, layout_.row_size, sums, dim, true);
   }
 
@@ -252,20 +250,33 @@ class Backward {
           prefetch_next_head(to, dim);
           prefetch_next_head(to + embed, dim);
         } else if (call_.wanted.pad) {
-          float* sums = call_.pad_sums.template data_ptr<float>() + slice_ * 3 * embed + first;
-          for (int64_t c = 0; c < dim; ++c) {
-            sums[c] += dk[c] * layout_.scale;
-            sums[embed + c] += dv[c];
+          for (int64_t c = 0; c < row; ++c) {
+            pads_[c] += dk[c];
+            pads_[row + c] += dv[c];
           }
+          if (++pad_count_ == kPadsTogether) add_pads(first);
         }
       }
     }
+    if (pad_count_ > 0) add_pads(first);
+  }
+
+  // Moves what pads_ holds to the slice's sums, k from channel `first` on.
+  void add_pads(int64_t first) {
+    const int64_t row = layout_.row_size, embed = layout_.embed;
+    float* sums = call_.pad_sums.template data_ptr<float>() + slice_ * 3 * embed + first;
+    for (int64_t c = 0; c < layout_.dim; ++c) {
+      sums[c] += pads_[c] * layout_.scale;
+      sums[embed + c] += pads_[row + c];
+    }
+    std::fill_n(pads_, 2 * row, 0.0f);
+    pad_count_ = 0;
   }
 
   const Layout& layout_;
   const Cut& cut_;
   const Tables& tables_;
-  const PackedTables<Io, Tile>& packed_;
+  const PackedTables<Io, Operand>& packed_;
   const Call& call_;
   const Tiling key_tiles_;
   const int64_t query_tile_;
@@ -273,16 +284,36 @@ class Backward {
   const Tokens<Io> dqkv_;
   const Io* pad_;
   const float* lse_data_;
-  const AttentionKernels<Io, Tile>& simd_;
+  const AttentionKernels<Io, Operand>& simd_;
   Scratch scratch_;
-  QueryTile<Io, Tile> queries_;
-  Tile *k_rows_, *k_pairs_, *v_rows_;
-  Tile *do_rows_, *do_right_, *do_pairs_, *q_pairs_, *p_rows_, *ds_rows_, *ds_pairs_;
-  const Tile *do_by_query_, *q_by_query_, *grad_by_query_ = nullptr;
-  float *dk_, *dv_, *scores_, *dp_, *lse_, *delta_, *dq_rows_;
+  QueryTile<Io, Operand> queries_;
+
+  // Buffers, and the product each is an operand of. In fp32 rows serve where bf16 wants pairs of rows, and p and ds
+  // take the place of scores and dp; `*_by_query_` is whichever memory holds what it names.
+  //
+  //   of a unit      k_rows_, v_rows_     keys x row              scores = K q^T, dp = V do^T: left
+  //                  k_pairs_             keys x row              dq += ds^T K: right
+  //                  dk_, dv_             keys x row              sums over the query tiles
+  //                  pads_                2 x row                 dk and dv of some padded tokens
+  //   of the query   queries_.rows, do_rows_                      queries x row, what follows is made of
+  //   tile           queries_.right, do_right_   row x lanes      scores, dp: right
+  //                  q_pairs_, do_pairs_  queries x row           dK += ds q, dV += p do: right
+  //                  lse_, delta_         lanes
+  //                  dq_rows_             queries x row           sums over the key tiles
+  //                  grad_h_, grad_w_     window rows, columns x lanes   sums of ds
+  //                  grad_products_       lanes x table entries   the same, where the biases were taken from
+  //                  grad_rows_           as fp32 or bf16         dq += grad tables: left
+  //                  grad_pairs_          by columns              d tables += grad^T q: left
+  //   of both tiles  scores_, dp_         keys x lanes
+  //                  p_rows_, ds_rows_    keys x lanes            dV, dK: left
+  //                  ds_pairs_            by columns              dq: left
+  Operand *k_rows_, *k_pairs_, *v_rows_;
+  Operand *do_rows_, *do_right_, *do_pairs_, *q_pairs_, *p_rows_, *ds_rows_, *ds_pairs_;
+  const Operand *do_by_query_, *q_by_query_, *grad_by_query_ = nullptr;
+  float *dk_, *dv_, *scores_, *dp_, *lse_, *delta_, *dq_rows_, *pads_;
   float *grad_h_ = nullptr, *grad_w_ = nullptr, *grad_products_ = nullptr;
-  Tile *grad_rows_ = nullptr, *grad_pairs_ = nullptr;
-  int64_t slice_ = 0;
+  Operand *grad_rows_ = nullptr, *grad_pairs_ = nullptr;
+  int64_t slice_ = 0, pad_count_ = 0;
 };
 
 // The sum of the rows of `parts`, first to last.
@@ -291,27 +322,19 @@ at::Tensor sum_rows(const at::Tensor& parts) {
   const float* from = parts.const_data_ptr<float>();
   float* to = total.data_ptr<float>();
   const int64_t n = total.numel();
-  at::parallel_for(0, n, 1024, [&](int64_t begin, int64_t end) {
-    for (int64_t row = 0; row < parts.size(0); ++row) {
-      for (int64_t i = begin; i < end; ++i) to[i] += from[row * n + i];
-    }
-  });
+  if (parts.size(0) == 0) return total;
+  at::parallel_for(0, n, 1024,
+      [&](int64_t begin, int64_t end) { add_slices(from + begin, parts.size(0), n, end - begin, to + begin); });
   return total;
 }
 
-template <typename Backward>
-struct MergeParts {
-  Backward backward;
-  void run(int64_t unit) { backward.merge_parts(unit); }
-};
-
-template <typename Io, typename Tile>
+template <typename Io, typename Operand>
 void backward(const Layout& layout, const Cut& cut, const Tables& tables, const Call& call) {
-  const PackedTables<Io, Tile> packed(layout, tables);
-  const auto worker = [&] { return Backward<Io, Tile>(layout, cut, tables, packed, call); };
+  const PackedTables<Io, Operand> packed(layout, tables);
+  const auto worker = [&] { return Backward<Io, Operand>(layout, cut, tables, packed, call); };
   run_tasks(cut.slices, 1, worker);
   if (cut.parts == 1 || !call.wanted.keys()) return;
-  run_tasks(layout.units(), 1, [&] { return MergeParts<Backward<Io, Tile>>{worker()}; });
+  run_tasks(layout.units(), 1, [&] { return TasksOf<&Backward<Io, Operand>::merge_parts>{worker()}; });
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rel_pos_attention_backward(const at::Tensor& grad,
@@ -343,13 +366,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rel_pos_attention_bac
   const bool parts = cut.parts > 1 && call.wanted.keys();
   call.part_sums = at::empty({parts ? cut.tasks : 0, 2, layout.keys, layout.row_size}, floats);
   if (qkv.numel() > 0) {
-    if (qkv.scalar_type() == at::kFloat) {
-      backward<float, float>(layout, cut, tables, call);
-    } else if (has_bf16_tiles()) {
-      backward<at::BFloat16, at::BFloat16>(layout, cut, tables, call);
-    } else {
-      backward<at::BFloat16, float>(layout, cut, tables, call);
-    }
+    with_operand_types(qkv.scalar_type(),
+        [&](auto io, auto operand) { backward<decltype(io), decltype(operand)>(layout, cut, tables, call); });
   }
 
   const at::Tensor nothing = at::empty({0}, grad.options());

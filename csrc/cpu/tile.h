@@ -3,9 +3,20 @@
 //   tile_product(m, n, k, a, lda, b, ldb, c, ldc, accumulate):           c = a . b    or   c += a . b
 //   tile_product_columns(m, n, k, a, lda, b, ldb, c, ldc, accumulate):   the same with a by columns, (k, m)
 //
-// row-major, c and sums in fp32. a and b in fp32: a is (m, k), b is (k, n). In bf16, where has_bf16_tiles(): k
-// is even and what lies along it goes by pairs, as the processor's dot product wants them: a is (m, k) or by
-// columns (k / 2, m, 2), b is (k / 2, n, 2). Nothing outside the matrices is read or written.
+// row-major, c and sums in fp32. The *operands* a and b are fp32, or bf16 where has_bf16_tiles(). In bf16 k is even
+// and what lies along it goes by pairs, as the processor's dot product wants them:
+//
+//                          fp32                     bf16
+//   a                      (m, k), lda numbers      (m, k), lda numbers from row to row
+//   a by columns           (k, m), lda numbers      (k / 2, m, 2), lda pairs
+//   b                      (k, n), ldb numbers      (k / 2, n, 2), ldb pairs
+//   c                      (m, n), ldc numbers      the same
+//
+// So the strides of a packed operand are the same in both: a row of pairs is two rows of numbers. Nothing outside the
+// matrices is read or written.
+//
+// a by columns costs nothing beyond the odd line of cache: what a kernel has by rows of k (keys, pixels) need not be
+// transposed for a sum over k.
 //
 // One C++ source for every instruction set (product_simd.h, compiled in tile.cpp), which sanitizers see into.
 // Measured against oneDNN's generated code (PyTorch's cpublas::brgemm) on an AMD EPYC, one thread, 16 x 16 x 16 to

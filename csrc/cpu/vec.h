@@ -26,7 +26,7 @@ RSK_INLINE void store(float* p, VecF x) {
   *reinterpret_cast<LooseF*>(p) = x;
 }
 
-// The first n lanes, 0 < n <= kLanes; the others are 0, their memory is not touched.
+// The first n lanes, 0 <= n <= kLanes; the others are 0, their memory is not touched.
 RSK_INLINE VecF load_first(const float* p, int64_t n) {
 #if RSK_LEVEL >= 2
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
@@ -115,12 +115,33 @@ RSK_INLINE VecF exp2(VecF x) {
 }
 
 RSK_INLINE VecF exp(VecF x) {
-  return exp2<5>(x * 1.44269504f);
+  return exp2<5>(x * kLog2e);
+}
+
+RSK_INLINE VecH load_bits(const c10::BFloat16* p) {
+  return *reinterpret_cast<const LooseH*>(p);
+}
+
+RSK_INLINE VecH load_first_bits(const c10::BFloat16* p, int64_t n) {
+#if RSK_LEVEL >= 2
+  return (VecH)_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+#else
+  c10::BFloat16 values[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) values[i] = p[i];
+  return load_bits(values);
+#endif
+}
+
+RSK_INLINE VecF widened(VecH bits) {
+  return (VecF)(__builtin_convertvector(bits, VecU) << 16);
 }
 
 RSK_INLINE VecF load(const c10::BFloat16* p) {
-  const VecH bits = *reinterpret_cast<const LooseH*>(p);
-  return (VecF)(__builtin_convertvector(bits, VecU) << 16);
+  return widened(load_bits(p));
+}
+
+RSK_INLINE VecF load_first(const c10::BFloat16* p, int64_t n) {
+  return widened(load_first_bits(p, n));
 }
 
 // Round to nearest even, as PyTorch does; the AVX-512 instruction takes denormal numbers for zero, though.
@@ -137,6 +158,29 @@ RSK_INLINE VecH to_bf16(VecF x) {
 
 RSK_INLINE void store(c10::BFloat16* p, VecF x) {
   *reinterpret_cast<LooseH*>(p) = to_bf16(x);
+}
+
+RSK_INLINE void store_first(c10::BFloat16* p, VecF x, int64_t n) {
+#if RSK_LEVEL >= 2
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), (__m256i)to_bf16(x));
+#else
+  c10::BFloat16 values[kLanes];
+  store(values, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = values[i];
+#endif
+}
+
+// A whole vector, or its first n lanes where n < kLanes. kWhole: the caller knows that it is whole.
+template <bool kWhole = false, typename Io>
+RSK_INLINE VecF load_some(const Io* p, int64_t n) {
+  if constexpr (kWhole) return load(p);
+  return n >= kLanes ? load(p) : load_first(p, n);
+}
+
+template <bool kWhole = false, typename Io>
+RSK_INLINE void store_some(Io* p, VecF x, int64_t n) {
+  if constexpr (kWhole) return store(p, x);
+  n >= kLanes ? store(p, x) : store_first(p, x, n);
 }
 
 // Pairs (even[i], odd[i]) in bf16, as products of bf16 tiles want their right operand.
@@ -171,18 +215,40 @@ inline float sum_lanes(VecF x) {
   return total;
 }
 
+// Lanes from two vectors: lane i of the result is a[kPick(i)], or b's where that is kLanes or more.
+template <int... kPick>
+RSK_INLINE VecF shuffle(VecF a, VecF b, std::integer_sequence<int, kPick...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kPick...);
+#else
+  return __builtin_shuffle(a, b, VecI{kPick...});
+#endif
+}
+
+using EveryLane = std::make_integer_sequence<int, kLanes>;
+
+// The largest lane, in all lanes; NaNs may get lost.
+template <int kStep, int... kLane>
+RSK_INLINE VecF exchange(VecF x, std::integer_sequence<int, kLane...>) {
+  return shuffle(x, x, std::integer_sequence<int, (kLane ^ kStep)...>());
+}
+
+template <int kStep = kLanes / 2>
+RSK_INLINE VecF largest_lane(VecF x) {
+  x = vmax(x, exchange<kStep>(x, EveryLane()));
+  if constexpr (kStep > 1) return largest_lane<kStep / 2>(x);
+  return x;
+}
+
 // One butterfly stage of the transposition: in every square of 2 * kStep rows and lanes, swap the two
 // quarters off the diagonal.
 template <int kStep, int... kLane>
 RSK_INLINE void swap_quarters(VecF& upper, VecF& lower, std::integer_sequence<int, kLane...>) {
   const VecF a = upper, b = lower;
-#if defined(__clang__)
-  upper = __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane : kLanes + kLane - kStep)...);
-  lower = __builtin_shufflevector(a, b, ((kLane & kStep) == 0 ? kLane + kStep : kLanes + kLane)...);
-#else
-  upper = __builtin_shuffle(a, b, VecI{((kLane & kStep) == 0 ? kLane : kLanes + kLane - kStep)...});
-  lower = __builtin_shuffle(a, b, VecI{((kLane & kStep) == 0 ? kLane + kStep : kLanes + kLane)...});
-#endif
+  upper =
+      shuffle(a, b, std::integer_sequence<int, ((kLane & kStep) == 0 ? kLane : kLanes + kLane - kStep)...>());
+  lower =
+      shuffle(a, b, std::integer_sequence<int, ((kLane & kStep) == 0 ? kLane + kStep : kLanes + kLane)...>());
 }
 
 template <int kStep = 1>
@@ -190,10 +256,32 @@ RSK_INLINE void transpose_square(VecF (&rows)[kLanes]) {
   if constexpr (kStep < kLanes) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
-      if ((i & kStep) == 0) {
-        swap_quarters<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>());
-      }
+      if ((i & kStep) == 0) swap_quarters<kStep>(rows[i], rows[i + kStep], EveryLane());
     }
     transpose_square<kStep * 2>(rows);
   }
+}
+
+// Lane i of the result: the sum of the lanes of rows[i], or the largest of them. A transposition that reduces as
+// it goes.
+template <bool kLargest, int kStep = 1>
+RSK_INLINE VecF reduce_each(VecF (&rows)[kLanes]) {
+  if constexpr (kStep < kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; i += 2 * kStep) {
+      swap_quarters<kStep>(rows[i], rows[i + kStep], EveryLane());
+      rows[i] = kLargest ? vmax(rows[i], rows[i + kStep]) : rows[i] + rows[i + kStep];
+    }
+    return reduce_each<kLargest, 2 * kStep>(rows);
+  } else {
+    return rows[0];
+  }
+}
+
+RSK_INLINE VecF sum_each(VecF (&rows)[kLanes]) {
+  return reduce_each<false>(rows);
+}
+
+RSK_INLINE VecF largest_each(VecF (&rows)[kLanes]) {
+  return reduce_each<true>(rows);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -54,10 +55,29 @@ class Scratch {
   std::vector<std::unique_ptr<char, void (*)(void*)>> blocks_;
 };
 
-// The depth of a tile product over n: bf16 goes by pairs, the odd one out is paired with zero.
-template <typename Tile>
+// The depth of a tile product over n: bf16 goes by pairs, the odd one out is paired with zero. Operand: what the
+// products of a kernel multiply, float or, where there are bf16 tiles, BFloat16 (tile.h).
+template <typename Operand>
 int64_t depth(int64_t n) {
-  return std::is_same_v<Tile, float> ? n : round_up(n, 2);
+  return std::is_same_v<Operand, float> ? n : round_up(n, 2);
+}
+
+// Calls serve(Io, Operand) with values of the types that serve tensors of this dtype at the instruction set in use.
+template <typename Serve>
+void with_operand_types(at::ScalarType dtype, const Serve& serve) {
+  if (dtype == at::kFloat) return serve(float(), float());
+  if (has_bf16_tiles()) return serve(at::BFloat16(), at::BFloat16());
+  serve(at::BFloat16(), float());
+}
+
+// to[0 .. n) = the sum of `slices` rows of n values, `stride` apart, first to last: the same bits whoever computed
+// them. `to` may be the first row.
+inline void add_slices(const float* from, int64_t slices, int64_t stride, int64_t n, float* to) {
+  if (to != from) std::copy_n(from, n, to);
+  for (int64_t slice = 1; slice < slices; ++slice) {
+    const float* more = from + slice * stride;
+    for (int64_t i = 0; i < n; ++i) to[i] += more[i];
+  }
 }
 
 // Runs tasks 0 ... tasks - 1; whichever thread is free takes the next `run` of them. make() builds a thread's
@@ -73,5 +93,15 @@ void run_tasks(int64_t tasks, int64_t run, const Make& make) {
     }
   });
 }
+
+// A worker for run_tasks whose tasks are calls of another of its functions: TasksOf<&Worker::merge>{worker}.
+template <auto kTask>
+struct TasksOf;
+
+template <typename Worker, void (Worker::*kTask)(int64_t)>
+struct TasksOf<kTask> {
+  Worker worker;
+  void run(int64_t task) { (worker.*kTask)(task); }
+};
 
 } // namespace rskernels

@@ -19,6 +19,9 @@ struct VectorProbe {
   void (*exp)(const float* x, float* y, int64_t n); // n: a multiple of 16
   void (*to_bf16)(const float* x, c10::BFloat16* y, int64_t n);
   void (*from_bf16)(const c10::BFloat16* x, float* y, int64_t n);
+  // Vector by vector, the last one in part.
+  void (*copy_floats)(const float* x, float* y, int64_t n);
+  void (*copy_bf16)(const c10::BFloat16* x, c10::BFloat16* y, int64_t n);
 };
 } // namespace rskernels
 
@@ -175,6 +178,21 @@ void test_rows_of_any_length_write_nothing_beyond_their_end() {
   }
 }
 
+// The operands have no byte more than they need: what a sanitizer would see.
+void test_parts_of_vectors_touch_nothing_else() {
+  const auto& probe = RSK_AT_ISA_LEVEL(kVectorProbe);
+  for (int64_t n = 1; n < 35; ++n) {
+    const auto x = random_floats(n);
+    const std::vector<at::BFloat16> bf16(x.begin(), x.end());
+    std::vector<float> y(n + 1, 7.0f);
+    std::vector<at::BFloat16> z(n + 1, at::BFloat16(7.0f));
+    probe.copy_floats(x.data(), y.data(), n);
+    probe.copy_bf16(bf16.data(), z.data(), n);
+    for (int64_t i = 0; i < n; ++i) CHECK(y[i] == x[i] && z[i] == bf16[i]);
+    CHECK(y[n] == 7.0f && z[n] == at::BFloat16(7.0f));
+  }
+}
+
 } // namespace
 
 int main(int argc, char** argv) {
@@ -192,6 +210,7 @@ int main(int argc, char** argv) {
   test_exponential();
   test_bf16_conversion_rounds_as_torch_does();
   test_rows_of_any_length_write_nothing_beyond_their_end();
+  test_parts_of_vectors_touch_nothing_else();
   std::printf("ok at %s\n", argv[1]);
   return 0;
 }

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from rskernels.dispatch import choose
-from rskernels.library import cast_to_compute_dtype, check_finite, define, differentiate, once_differentiable
+from rskernels.library import (
+    cast_to_compute_dtype,
+    check_finite,
+    check_tensors,
+    define,
+    differentiate,
+    once_differentiable,
+)
 
 
 def cross_attention(
@@ -43,7 +50,8 @@ def cross_attention(
         float32 and bfloat16 are accelerated on the CPU, all else is served by the reference.
     Memory: O(Q + M), forward and backward, on an accelerated backend; a mask is also kept as bits.
     Raises:
-        ValueError: shapes that do not fit, no keys. TypeError: mask not bool, q, k or v not floating point.
+        ValueError: shapes that do not fit, no keys. TypeError: mask not bool; q, k or v no floating-point
+            tensor.
     """
     _check(q, k, v, mask, scale)
     q, k, v = cast_to_compute_dtype(q, q, k, v)
@@ -72,15 +80,12 @@ def cross_attention_reference(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> None:
+    check_tensors("cross_attention", {"q": q, "k": k, "v": v})
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dim() != 4:
             raise ValueError(
                 f"cross_attention: {name} has shape {tuple(tensor.shape)}; expected 4 dimensions"
             )
-        if not tensor.is_floating_point():
-            raise TypeError(f"cross_attention: {name} is {tensor.dtype}; expected a floating-point tensor")
-        if tensor.device != q.device:
-            raise ValueError(f"cross_attention: {name} is on {tensor.device}, q on {q.device}")
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     if keys == 0 or dim == 0:
@@ -97,8 +102,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | 
         check_finite("cross_attention", "scale", scale, "a finite number or None")
     if mask is None:
         return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"cross_attention: mask is {mask.dtype}; expected torch.bool, True = attend")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"cross_attention: mask is {found}; expected torch.bool, True = attend")
     if tuple(mask.shape) != (batch, queries, keys):
         raise ValueError(
             f"cross_attention: mask has shape {tuple(mask.shape)}; expected ({batch}, {queries}, {keys})"

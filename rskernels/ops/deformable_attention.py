@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rskernels.dispatch import choose
-from rskernels.library import define, differentiate, once_differentiable
+from rskernels.library import check_tensors, define, differentiate, once_differentiable
 
 
 def deformable_attention(
@@ -38,7 +38,7 @@ def deformable_attention(
     Dtypes: each argument may have its own; float32 and bfloat16 value is accelerated on the CPU, unless
         locations or weights are float64. The reference serves everything else.
     Raises:
-        ValueError: shapes that do not fit. TypeError: not floating point.
+        ValueError: shapes that do not fit. TypeError: not a floating-point tensor; spatial_shapes a tensor.
     """
     _check(value, spatial_shapes, sampling_locations, attention_weights)
     # The kernel computes in float32 whatever the dtypes; only float64 asks for more.
@@ -97,6 +97,12 @@ def _check(
         raise TypeError(
             "deformable_attention: spatial_shapes is a tensor; expected (height, width) ints, use .tolist()"
         )
+    tensors = {
+        "value": value,
+        "sampling_locations": sampling_locations,
+        "attention_weights": attention_weights,
+    }
+    check_tensors("deformable_attention", tensors)
     if value.dim() != 4:
         raise ValueError(f"deformable_attention: value has shape {tuple(value.shape)}; expected (B, S, h, d)")
     if len(spatial_shapes) == 0:
@@ -126,17 +132,6 @@ def _check(
             f"deformable_attention: attention_weights has shape {tuple(attention_weights.shape)}; "
             f"expected {shape[:-1]}"
         )
-    for name, tensor in (
-        ("value", value),
-        ("sampling_locations", sampling_locations),
-        ("attention_weights", attention_weights),
-    ):
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"deformable_attention: {name} is {tensor.dtype}; expected a floating-point tensor"
-            )
-        if tensor.device != value.device:
-            raise ValueError(f"deformable_attention: {name} is on {tensor.device}, value on {value.device}")
 
 
 # ---------------------------------------------------------------- registration

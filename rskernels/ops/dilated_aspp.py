@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rskernels.dispatch import choose
-from rskernels.library import cast_to_compute_dtype, define, differentiate, once_differentiable
+from rskernels.library import (
+    cast_to_compute_dtype,
+    check_tensors,
+    define,
+    differentiate,
+    once_differentiable,
+)
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")
 
@@ -45,8 +51,9 @@ def dilated_aspp(
     derivatives.
     Raises:
         ValueError: numbers of branches or shapes that do not fit, unknown activation, scale or shift
-            requires grad. TypeError: not floating point.
+            requires grad. TypeError: not a floating-point tensor, or no list of them.
     """
+    _check_lists(features, weights, biases, dilations)
     features = [features] * len(weights) if isinstance(features, Tensor) else list(features)
     _check(features, weights, biases, dilations, scale_shift, activation, projection)
     lead = weights[0]
@@ -117,6 +124,14 @@ def _is_empty(features: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> b
     return any(0 in t.shape for t in operands)
 
 
+def _check_lists(features: Any, weights: Any, biases: Any, dilations: Any) -> None:
+    lists = {"features": features, "weights": weights, "biases": biases, "dilations": dilations}
+    for name, value in lists.items():
+        if value is None or (isinstance(value, Tensor) and name != "features"):
+            found = "None" if value is None else "a tensor"
+            raise TypeError(f"dilated_aspp: {name} is {found}; expected a list, one of each per branch")
+
+
 def _check(
     features: Sequence[Tensor],
     weights: Sequence[Tensor],
@@ -132,8 +147,15 @@ def _check(
         raise ValueError(f"dilated_aspp: got {found}; expected one of each per branch")
     if activation not in ACTIVATIONS:
         raise ValueError(f"dilated_aspp: activation is {activation!r}; expected one of {ACTIVATIONS}")
+    named = {f"features[{i}]": x for i, x in enumerate(features)}
+    named |= {f"weights[{i}]": weight for i, weight in enumerate(weights)}
+    optional = {f"biases[{i}]": bias for i, bias in enumerate(biases)}
+    if scale_shift is not None:
+        named |= dict(zip(("scale", "shift"), scale_shift, strict=True))
+    if projection is not None:
+        named["projection weight"], optional["projection bias"] = projection
+    check_tensors("dilated_aspp", {**named, **optional}, optional=optional)
     first = features[0]
-    named: dict[str, Tensor | None] = {}
     for i, (x, weight, bias, dilation) in enumerate(zip(features, weights, biases, dilations, strict=True)):
         if x.dim() != 4 or x.shape[0] != first.shape[0] or x.shape[2:] != first.shape[2:]:
             raise ValueError(
@@ -156,7 +178,6 @@ def _check(
             )
         if dilation < 1:
             raise ValueError(f"dilated_aspp: dilations[{i}] is {dilation}; expected at least 1")
-        named |= {f"features[{i}]": x, f"weights[{i}]": weight, f"biases[{i}]": bias}
     channels = sum(weight.shape[0] for weight in weights)
     if scale_shift is not None:
         for name, tensor in zip(("scale", "shift"), scale_shift, strict=True):
@@ -168,7 +189,6 @@ def _check(
                 raise ValueError(
                     f"dilated_aspp: {name} requires grad; a folded norm is for inference, detach it"
                 )
-            named[name] = tensor
     if projection is not None:
         weight, bias = projection
         if weight.dim() != 2 or weight.shape[1] != channels:
@@ -179,12 +199,6 @@ def _check(
             raise ValueError(
                 f"dilated_aspp: projection bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)"
             )
-        named |= {"projection weight": weight, "projection bias": bias}
-    for name, value in named.items():
-        if value is not None and not value.is_floating_point():
-            raise TypeError(f"dilated_aspp: {name} is {value.dtype}; expected a floating-point tensor")
-        if value is not None and value.device != first.device:
-            raise ValueError(f"dilated_aspp: {name} is on {value.device}, features[0] on {first.device}")
 
 
 # ---------------------------------------------------------------- registration

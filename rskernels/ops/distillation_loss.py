@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rskernels.dispatch import choose
-from rskernels.library import define, differentiate, once_differentiable
+from rskernels.library import check_finite, check_tensors, define, differentiate, once_differentiable
 
 AXES = ("channel", "width")
 DIRECTIONS = ("student||teacher", "teacher||student")
@@ -48,7 +48,8 @@ def distillation_loss(
         has the student's dtype and layout.
     Dtypes: float32 and bfloat16, also one of each, are accelerated on the CPU; the reference serves all else.
     Raises:
-        ValueError: shapes that differ, an unknown option, temperature <= 0. TypeError: not floating point.
+        ValueError: shapes that differ, an unknown option, temperature <= 0. TypeError: not a
+            floating-point tensor; temperature not a number.
     """
     _check(student, teacher, axis, direction, temperature, reduction)
     # The kernels take either dtype beside the other.
@@ -88,20 +89,17 @@ def _count(student: Tensor, dim: int, reduction: str) -> int:
 def _check(
     student: Tensor, teacher: Tensor, axis: str, direction: str, temperature: float, reduction: str
 ) -> None:
+    check_tensors("distillation_loss", {"student": student, "teacher": teacher})
     for name, tensor in (("student", student), ("teacher", teacher)):
         if tensor.dim() != 4 or tensor.numel() == 0:
             raise ValueError(
                 f"distillation_loss: {name} has shape {tuple(tensor.shape)}; expected (B, C, h, w), not empty"
             )
-        if not tensor.is_floating_point():
-            raise TypeError(f"distillation_loss: {name} is {tensor.dtype}; expected a floating-point tensor")
     if student.shape != teacher.shape:
         raise ValueError(
             f"distillation_loss: student has shape {tuple(student.shape)}, teacher {tuple(teacher.shape)}; "
             "expected the same, resize one of them"
         )
-    if student.device != teacher.device:
-        raise ValueError(f"distillation_loss: student is on {student.device}, teacher on {teacher.device}")
     for name, value, allowed in (
         ("axis", axis, AXES),
         ("direction", direction, DIRECTIONS),
@@ -109,7 +107,8 @@ def _check(
     ):
         if value not in allowed:
             raise ValueError(f"distillation_loss: {name} is {value!r}; expected one of {allowed}")
-    if not 0 < temperature < float("inf"):
+    check_finite("distillation_loss", "temperature", temperature, "a finite number > 0")
+    if temperature <= 0:
         raise ValueError(f"distillation_loss: temperature is {temperature}; expected a finite number > 0")
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rskernels.dispatch import choose
-from rskernels.library import define, differentiate, once_differentiable
+from rskernels.library import check_finite, check_tensors, define, differentiate, once_differentiable
 
 _SERVED = (torch.float32, torch.bfloat16)
 
@@ -27,7 +27,7 @@ def layer_norm(
     Args:
         x: (..., D), any strides.
         weight, bias: (D,).
-        eps: added to the variance.
+        eps: added to the variance; at least 0.
         dtype: of the result; None: that of x. The dtype of the product that reads it saves a cast.
     Returns:
         (..., D), contiguous.
@@ -35,10 +35,11 @@ def layer_norm(
         Autocast changes nothing. float32 and bfloat16 are accelerated on the CPU, all else is served by the
         reference.
     Raises:
-        ValueError: shapes that do not fit. TypeError: not floating point.
+        ValueError: shapes that do not fit; eps negative or not finite.
+        TypeError: not a floating-point tensor or dtype; eps not a number.
     """
+    _check(x, weight, bias, eps, dtype)
     dtype = dtype or x.dtype
-    _check(x, weight, bias, dtype)
     bias = bias.to(weight.dtype)
     unserved = {"cpp": f"a {dtype} result is none of its"} if dtype not in _SERVED else None
     if choose("layer_norm", x, without=unserved) == "reference":
@@ -58,13 +59,12 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dt
     return F.layer_norm(x, weight.shape, weight.to(wide), bias.to(wide), eps).to(dtype)
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> None:
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if not tensor.is_floating_point():
-            raise TypeError(f"layer_norm: {name} is {tensor.dtype}; expected a floating-point tensor")
-        if tensor.device != x.device:
-            raise ValueError(f"layer_norm: {name} is on {tensor.device}, x on {x.device}")
-    if not dtype.is_floating_point:
+def _check(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype | None) -> None:
+    check_tensors("layer_norm", {"x": x, "weight": weight, "bias": bias})
+    check_finite("layer_norm", "eps", eps)
+    if eps < 0:
+        raise ValueError(f"layer_norm: eps is {eps}; expected at least 0")
+    if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"layer_norm: dtype is {dtype}; expected a floating-point dtype")
     if weight.dim() != 1 or weight.shape[0] == 0:
         raise ValueError(f"layer_norm: weight has shape {tuple(weight.shape)}; expected (D,)")

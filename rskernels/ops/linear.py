@@ -15,7 +15,13 @@ from torch import Tensor
 
 from rskernels import tuning
 from rskernels.dispatch import choose, get_backend
-from rskernels.library import cast_to_compute_dtype, define, differentiate, once_differentiable
+from rskernels.library import (
+    cast_to_compute_dtype,
+    check_tensors,
+    define,
+    differentiate,
+    once_differentiable,
+)
 
 SMALL_WORK = 1 << 22  # kSmallWork in csrc/cpu/linear.h
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")
@@ -34,7 +40,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     Dtypes: x and bias are cast to the dtype of the result (under FSDP2's mixed precision the weight has the
         compute dtype). float32 and bfloat16 are accelerated on the CPU; the reference serves everything else.
     Raises:
-        ValueError: shapes that do not fit or an unknown activation. TypeError: not floating point.
+        ValueError: shapes that do not fit or an unknown activation. TypeError: not a floating-point tensor.
     """
     _check(x, weight, bias, activation)
     x, weight, bias = cast_to_compute_dtype(weight, x, weight, bias)
@@ -75,6 +81,7 @@ def _activate(pre: Tensor, activation: str) -> Tensor:
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+    check_tensors("linear", {"weight": weight, "x": x, "bias": bias}, optional=("bias",))
     if weight.dim() != 2:
         raise ValueError(f"linear: weight has shape {tuple(weight.shape)}; expected (O, I)")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
@@ -86,11 +93,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
         raise ValueError(f"linear: bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)")
     if activation not in ACTIVATIONS:
         raise ValueError(f"linear: activation is {activation!r}; expected one of {ACTIVATIONS}")
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None and not tensor.is_floating_point():
-            raise TypeError(f"linear: {name} is {tensor.dtype}; expected a floating-point tensor")
-        if tensor is not None and tensor.device != weight.device:
-            raise ValueError(f"linear: {name} is on {tensor.device}, weight on {weight.device}")
 
 
 # ---------------------------------------------------------------- registration

@@ -13,6 +13,7 @@ from rskernels.dispatch import choose
 from rskernels.library import (
     cast_to_compute_dtype,
     check_finite,
+    check_tensors,
     define,
     differentiate,
     once_differentiable,
@@ -25,14 +26,22 @@ def lora_linear(
     """x Wᵀ + bias + scale·(x Aᵀ) Bᵀ with W and bias frozen.
 
     Args:
-        x: (..., I). weight: (O, I). bias: (O,) or None. a: (r, I). b: (O, r).
+        x: (..., I), any strides.
+        weight: (O, I), frozen. bias: (O,) or None, frozen.
+        a: (r, I). b: (O, r).
         scale: alpha / r.
     Returns:
-        (..., O) in the dtype of `weight`, under autocast in autocast's dtype (float64 stays); x, a and b are
-        cast to it. With b = 0 it equals `linear`'s result to the last bit.
+        (..., O). With b = 0 it equals `linear`'s result to the last bit.
+    Dtypes: `weight` decides, under autocast autocast's dtype (float64 stays); x, bias, a and b may have
+        another floating-point dtype, are cast to it, and get gradients in their own. x Aᵀ and all sums are
+        float32 at least. float32 and bfloat16 are accelerated on the CPU, all else is served by the
+        reference.
+    Memory: backward keeps x, the factors and x Aᵀ, N·r numbers in float32, the last one only where b requires
+        grad; nothing of size N·O. In float32 with many rows the forward pass makes a merged weight of O·I
+        numbers for the length of the call.
     Raises:
         ValueError: shapes that do not fit; weight or bias requires grad; scale not finite.
-        TypeError: not floating point; scale not a number.
+        TypeError: not a floating-point tensor; scale not a number.
     """
     _check("lora_linear", x, weight, bias, {"a": a, "b": b}, scale, parts=1)
     x, weight, bias, a, b = cast_to_compute_dtype(weight, x, weight, bias, a, b)
@@ -59,8 +68,8 @@ def lora_qkv(
         a_q, a_v: (r, I). b_q, b_v: (D, r).
         scale: alpha / r.
     Returns:
-        (..., 3·D), dtypes and errors as in `lora_linear`. With b_q = b_v = 0 it equals `linear`'s result to
-        the last bit.
+        (..., 3·D). With b_q = b_v = 0 it equals `linear`'s result to the last bit.
+    Dtypes, memory (x Aᵀ of both ranks) and errors: as in `lora_linear`.
     """
     _check("lora_qkv", x, weight, bias, {"a_q": a_q, "b_q": b_q, "a_v": a_v, "b_v": b_v}, scale, parts=3)
     x, weight, bias, a_q, b_q, a_v, b_v = cast_to_compute_dtype(weight, x, weight, bias, a_q, b_q, a_v, b_v)
@@ -110,6 +119,7 @@ def _check(
     *,
     parts: int,
 ) -> None:
+    check_tensors(op, {"weight": weight, "x": x, "bias": bias, **factors}, optional=("bias",))
     check_finite(op, "scale", scale)
     if weight.dim() != 2 or weight.shape[0] % parts:
         expected = "(O, I)" if parts == 1 else f"({parts}·D, I)"
@@ -128,22 +138,16 @@ def _check(
             raise ValueError(
                 f"{op}: {b_name} has shape {tuple(b.shape)}; expected ({outputs // parts}, {a.shape[0]})"
             )
-    for name, tensor in {"x": x, "weight": weight, "bias": bias, **factors}.items():
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; expected a floating-point tensor")
-        if tensor.device != weight.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, weight on {weight.device}")
-        if name in ("weight", "bias") and tensor.requires_grad:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{op}: {name} requires grad; freeze it with requires_grad_(False)")
 
 
 # ---------------------------------------------------------------- registration
-# One private operator serves both: `a` and `b` list the matrices of the updates, and `columns` says at which
-# output column each update starts. The large product is rskernels::linear_forward, so it is whatever serves
-# `linear`. It also returns x Aᵀ (..., sum of ranks) for the gradients of B, in float32 for half precision,
-# or an empty tensor without keep_xa. docs/kernels/lora.md has the formulas.
+# One private operator serves both: `a` and `b` list the matrices of the updates, and `first_columns` the
+# output column at which each update starts. The large product is rskernels::linear_forward, so it is
+# whatever serves `linear`. It also returns x Aᵀ (..., sum of ranks) for the gradients of B, in float32 for
+# half precision, or an empty tensor without keep_xa. docs/kernels/lora.md has the formulas.
 
 
 def _xa_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -156,13 +160,13 @@ def _forward(
     bias: Tensor | None,
     a: list[Tensor],
     b: list[Tensor],
-    columns: list[int],
+    first_columns: list[int],
     scale: float,
     keep_xa: bool,
 ) -> tuple[Tensor, Tensor]:
     out = torch.ops.rskernels.linear_forward(x, weight, bias, "none", False)[0]
     products = [F.linear(x, a_i) for a_i in a]
-    for xa, b_i, column in zip(products, b, columns, strict=True):
+    for xa, b_i, column in zip(products, b, first_columns, strict=True):
         out.narrow(-1, column, b_i.shape[0]).add_(F.linear(xa, b_i), alpha=scale)
     xa_dtype = _xa_dtype(x.dtype)
     return out, torch.cat(products, -1).to(xa_dtype) if keep_xa else x.new_empty(0, dtype=xa_dtype)
@@ -174,7 +178,7 @@ def _forward_fake(
     bias: Tensor | None,
     a: list[Tensor],
     b: list[Tensor],
-    columns: list[int],
+    first_columns: list[int],
     scale: float,
     keep_xa: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -190,7 +194,7 @@ def _backward_products(
     a: list[Tensor],
     b: list[Tensor],
     xa: Tensor,
-    columns: list[int],
+    first_columns: list[int],
     scale: float,
     mask: list[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -199,7 +203,7 @@ def _backward_products(
     x_rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     da, db = [], []
     first = 0
-    for a_i, b_i, column in zip(a, b, columns, strict=True):
+    for a_i, b_i, column in zip(a, b, first_columns, strict=True):
         part = grad_rows.narrow(-1, column, b_i.shape[0])
         g = scale * part @ b_i
         if mask[0]:
@@ -221,7 +225,7 @@ def _backward_fake(
     a: list[Tensor],
     b: list[Tensor],
     xa: Tensor,
-    columns: list[int],
+    first_columns: list[int],
     scale: float,
     mask: list[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -232,25 +236,25 @@ def _backward_fake(
 
 
 _lora_forward = define(
-    "lora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] a, Tensor[] b, int[] columns, float scale,"
-    " bool keep_xa) -> (Tensor, Tensor)",
+    "lora_forward(Tensor x, Tensor weight, Tensor? bias, Tensor[] a, Tensor[] b, int[] first_columns,"
+    " float scale, bool keep_xa) -> (Tensor, Tensor)",
     reference=_forward,
     fake=_forward_fake,
 )
 _lora_backward = define(
-    "lora_backward(Tensor grad, Tensor x, Tensor weight, Tensor[] a, Tensor[] b, Tensor xa, int[] columns,"
-    " float scale, bool[3] mask) -> (Tensor, Tensor[], Tensor[])",
+    "lora_backward(Tensor grad, Tensor x, Tensor weight, Tensor[] a, Tensor[] b, Tensor xa,"
+    " int[] first_columns, float scale, bool[3] mask) -> (Tensor, Tensor[], Tensor[])",
     reference=_backward_products,
     fake=_backward_fake,
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, a, b, columns, scale, keep_xa = inputs
+    x, weight, bias, a, b, first_columns, scale, keep_xa = inputs
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("lora_forward: weight and bias are frozen, but one requires grad")
     ctx.set_materialize_grads(False)
-    ctx.columns, ctx.scale, ctx.parts = columns, scale, len(b)
+    ctx.first_columns, ctx.scale, ctx.parts = first_columns, scale, len(b)
     ctx.mask = [x.requires_grad, any(t.requires_grad for t in a), any(t.requires_grad for t in b)]
     if ctx.mask[2] and not keep_xa:
         raise ValueError("lora_forward: keep_xa=False drops the x Aᵀ that the gradients of b need")
@@ -263,7 +267,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...
         return None, None, None, nothing, nothing, None, None, None
     x, weight, xa, *factors = ctx.saved_tensors
     a, b = factors[: ctx.parts], factors[ctx.parts :]
-    dx, da, db = _lora_backward(grad, x, weight, a, b, xa, ctx.columns, ctx.scale, ctx.mask)
+    dx, da, db = _lora_backward(grad, x, weight, a, b, xa, ctx.first_columns, ctx.scale, ctx.mask)
     wants_x, wants_a, wants_b = ctx.mask
     return (
         dx if wants_x else None,

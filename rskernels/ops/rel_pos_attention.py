@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rskernels.dispatch import choose
-from rskernels.library import autocast_dtype, check_finite, define, differentiate, once_differentiable
+from rskernels.library import (
+    autocast_dtype,
+    check_finite,
+    check_tensors,
+    define,
+    differentiate,
+    once_differentiable,
+)
 
 LARGEST_WINDOW = 4096  # kLargestWindow in csrc/cpu/rel_pos_attention.h
 
@@ -41,8 +48,8 @@ def rel_pos_attention(
             of N tokens is the grid (B, 1, N, 3·D).
         rel_pos_h, rel_pos_w: (2·h - 1, d) and (2·w - 1, d), or both None: no bias.
         num_heads: n; divides D.
-        window_size: side of the windows, at most 4096. The grid is virtually padded at its bottom and right
-            to a multiple.
+        window_size: side of the windows, at most 4096 tokens; 0: the grid is one window. The grid is
+            virtually padded at its bottom and right to a multiple.
         pad_qkv: (3·D,), what a padded token's q, k and v are: the bias of the qkv projection. Padded keys and
             values take part in the softmax. None: zeros (a projection without bias). Unused, without
             a gradient, where the windows divide the grid.
@@ -148,20 +155,14 @@ def _check(
     scale: float | None,
 ) -> None:
     tensors = {"qkv": qkv, "rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w, "pad_qkv": pad_qkv}
-    for name, tensor in tensors.items():
-        if tensor is None and name != "qkv":
-            continue
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise TypeError(f"rel_pos_attention: {name} is {found}; expected a floating-point tensor")
-        if tensor.device != qkv.device:
-            raise ValueError(f"rel_pos_attention: {name} is on {tensor.device}, qkv on {qkv.device}")
+    check_tensors("rel_pos_attention", tensors, optional=("rel_pos_h", "rel_pos_w", "pad_qkv"))
     for name, number in (("num_heads", num_heads), ("window_size", window_size)):
         if not isinstance(number, (int, torch.SymInt)):
             raise TypeError(f"rel_pos_attention: {name} is {number!r}; expected an int")
     if window_size > LARGEST_WINDOW:
         raise ValueError(
-            f"rel_pos_attention: window_size is {window_size}; expected at most {LARGEST_WINDOW}"
+            f"rel_pos_attention: window_size is {window_size}; expected a side of at most {LARGEST_WINDOW} "
+            "tokens"
         )
     if num_heads < 1 or window_size < 0:
         raise ValueError(

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -39,17 +40,36 @@ def extension():
     return _C
 
 
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+
+
+@contextmanager
+def instruction_set(extension, level):
+    """Kernels use `level` meanwhile; skips the test where the processor lacks it."""
+    before = extension.cpu_capability()
+    try:
+        extension.set_cpu_capability(level)
+    except ValueError as error:
+        pytest.skip(str(error))
+    try:
+        yield
+    finally:
+        extension.set_cpu_capability(before)
+
+
+@pytest.fixture(params=LEVELS)
+def every_level(request, extension):
+    """Runs a test on every instruction set."""
+    with instruction_set(extension, request.param):
+        yield request.param
+
+
 @pytest.fixture(params=["best", "baseline", "avx2"])
 def any_level(request, extension):
     """Runs a test on the processor's best instruction set and on the two without AVX-512."""
-    best = extension.cpu_capability()
-    if request.param != "best":
-        try:
-            extension.set_cpu_capability(request.param)
-        except ValueError as error:
-            pytest.skip(str(error))
-    yield
-    extension.set_cpu_capability(best)
+    level = extension.cpu_capability() if request.param == "best" else request.param
+    with instruction_set(extension, level):
+        yield
 
 
 @pytest.fixture(scope="session")

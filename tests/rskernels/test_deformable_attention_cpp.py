@@ -120,20 +120,11 @@ def test_cpp_matches_the_float64_reference_on_any_shape(case, dtypes, assert_acc
 
 
 @needs_cpp
-@pytest.mark.parametrize("level", ("baseline", "avx2", "avx512", "avx512_bf16"))
-def test_every_instruction_set(level, extension, assert_accurate):
-    best = extension.cpu_capability()
-    try:
-        try:
-            extension.set_cpu_capability(level)
-        except ValueError as error:
-            pytest.skip(str(error))
-        for case in (CASES[0], CASES[2], CASES[5], CASES[7]):
-            for dtypes in FLOATS:
-                compare(case, assert_accurate, *dtypes)
-        check_unusual_locations(torch.float32, assert_accurate)
-    finally:
-        extension.set_cpu_capability(best)
+def test_every_instruction_set(every_level, assert_accurate):
+    for case in (CASES[0], CASES[2], CASES[5], CASES[7]):
+        for dtypes in FLOATS:
+            compare(case, assert_accurate, *dtypes)
+    check_unusual_locations(torch.float32, assert_accurate)
 
 
 def check_unusual_locations(dtype: torch.dtype, assert_accurate) -> None:

@@ -65,7 +65,14 @@ def layer_norm_backward() -> dict[str, Any]:
 def lora() -> dict[str, Any]:
     factors = {"a": [torch.randn(2, 5), torch.randn(3, 5)], "b": [torch.randn(4, 2), torch.randn(4, 3)]}
     weights = {"weight": torch.randn(12, 5), "bias": torch.randn(12)}
-    return {"x": torch.randn(7, 5), **weights, **factors, "columns": [0, 8], "scale": 0.5, "keep_xa": True}
+    return {
+        "x": torch.randn(7, 5),
+        **weights,
+        **factors,
+        "first_columns": [0, 8],
+        "scale": 0.5,
+        "keep_xa": True,
+    }
 
 
 def lora_backward() -> dict[str, Any]:
@@ -239,11 +246,11 @@ def test_wrong_tensors_are_refused(name: str) -> None:
         ("rel_pos_attention", {"num_heads": 3}),
         ("rel_pos_attention", {"rel_pos_w": None}),
         ("linear", {"activation": "tanh"}),
-        ("lora", {"columns": [0, 9]}),
-        ("lora", {"columns": [0, 2**62]}),
-        ("lora", {"columns": [-1, 8]}),
-        ("lora", {"columns": [0, 3]}),
-        ("lora", {"columns": [0]}),
+        ("lora", {"first_columns": [0, 9]}),
+        ("lora", {"first_columns": [0, 2**62]}),
+        ("lora", {"first_columns": [-1, 8]}),
+        ("lora", {"first_columns": [0, 3]}),
+        ("lora", {"first_columns": [0]}),
         ("dilated_aspp", {"dilations": [1, 0]}),
         ("dilated_aspp", {"dilations": [1, 2**62]}),
         ("dilated_aspp", {"dilations": [1]}),
@@ -272,6 +279,7 @@ def test_wrong_options_are_refused(name: str, which: str, wrong: dict[str, Any])
         ("dilated_aspp_backward", {"mask": [True] * 6}),
         ("dilated_aspp_backward", {"projection_weight": None, "grad": torch.ones(2, 9, 4, 5)}),
         ("layer_norm_forward", {"dtype": torch.float16}),
+        ("layer_norm_forward", {"eps": -1.0}),
     ],
 )
 def test_arguments_that_contradict_each_other_are_refused(name: str, wrong: dict[str, Any]) -> None:

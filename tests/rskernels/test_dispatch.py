@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rskernels
+from rskernels import __main__ as command
 from rskernels import dispatch, tuning
 
 PUBLIC = set(rskernels.__all__) - {"__version__", "backend", "explain", "get_backend", "set_backend"}
@@ -206,7 +207,14 @@ def test_explain_in_other_surroundings(extension, run_python, tmp_path):
     table = tmp_path / "table.json"
     table.write_text(json.dumps(tuning.record()))
     assert f"linear's products: {table};" in text(RSKERNELS_TUNING=str(table))
-    assert "linear's products: default rule;" in text(RSKERNELS_TUNING="off")
+    rule = "linear's products: default rule"
+    assert f"{rule} (RSKERNELS_TUNING is 'off');" in text(RSKERNELS_TUNING="off")
+    default = tmp_path / "rskernels" / "tuning.json"
+    assert f"{rule} ({default} does not exist);" in text(XDG_CACHE_HOME=str(tmp_path))
+    named = tmp_path / "named.json"
+    assert f"{rule} ({named} does not exist);" in text(RSKERNELS_TUNING=str(named))
+    named.write_text("{")
+    assert f"{rule} ({named} cannot be used);" in text(RSKERNELS_TUNING=str(named))
     unknown = text(RSKERNELS_BACKEND="fast")
     assert "backend: fast, unknown, expected one of auto" in unknown
     assert set(explained(unknown, "linear").values()) == {"error"}
@@ -214,6 +222,18 @@ def test_explain_in_other_surroundings(extension, run_python, tmp_path):
     assert "extension: none, " in without and "bfloat16 tiles" not in without
     assert "  cpp: the extension rskernels._C is switched off by RSKERNELS_DISABLE_EXT" in without
     assert set(explained(without, "linear").values()) == {"reference"}
+
+
+def test_explain_of_an_unknown_backend_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "_requested", "fast")
+    monkeypatch.setattr("sys.argv", ["rskernels", "explain"])
+    assert command.main() == 2
+    printed = capsys.readouterr()
+    assert "backend: fast, unknown, expected one of auto" in printed.out
+    assert printed.err.startswith("error: RSKERNELS_BACKEND: unknown backend 'fast'; expected one of auto")
+    assert len(printed.err.splitlines()) == 1
+    monkeypatch.setattr(dispatch, "_requested", "reference")
+    assert command.main() == 0 and not capsys.readouterr().err
 
 
 def test_extension_runs_on_torchs_threads(extension):

@@ -11,7 +11,6 @@ import rskernels
 from rskernels.ops.layer_norm import layer_norm_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
-LEVELS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 
 
 def arguments(
@@ -77,17 +76,9 @@ def test_any_shape(extension, assert_accurate, rows, dim, dtype, result, spread,
     compare(assert_accurate, (x.requires_grad_(), *tensors[1:]), torch.randn(rows, dim).to(result), result)
 
 
-@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set(extension, assert_accurate, level, dtype) -> None:
-    before = extension.cpu_capability()
-    if LEVELS.index(level) > LEVELS.index(before):
-        pytest.skip(f"this processor has no {level}")
-    try:
-        extension.set_cpu_capability(level)
-        compare(assert_accurate, arguments(70, 75, dtype=dtype), torch.randn(70, 75).to(dtype))
-    finally:
-        extension.set_cpu_capability(before)
+def test_every_instruction_set(every_level, assert_accurate, dtype) -> None:
+    compare(assert_accurate, arguments(70, 75, dtype=dtype), torch.randn(70, 75).to(dtype))
 
 
 def test_large_mean_loses_no_digits(extension, relative_error) -> None:
@@ -243,6 +234,9 @@ ones = torch.ones
         (lambda: rskernels.layer_norm(ones(2, 4).int(), ones(4), ones(4)), TypeError, "x is torch.int32"),
         (lambda: rskernels.layer_norm(ones(2, 4), ones(4), ones(4), dtype=torch.int), TypeError, "dtype is"),
         (lambda: rskernels.layer_norm(ones(2, 4), ones(4, device="meta"), ones(4)), ValueError, "on meta"),
+        (lambda: rskernels.layer_norm(ones(2, 4), ones(4), ones(4), eps=-1e-6), ValueError, "eps is -1e-06"),
+        (lambda: rskernels.layer_norm(ones(2, 4), ones(4), ones(4), eps=torch.nan), ValueError, "eps is nan"),
+        (lambda: rskernels.layer_norm(ones(2, 4), ones(4), ones(4), eps=None), TypeError, "eps is None"),
     ],
 )
 def test_errors(call, error, message) -> None:

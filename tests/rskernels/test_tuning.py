@@ -1,6 +1,7 @@
 """The product table: its rule, its file, its record, and that it decides which library computes."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -59,6 +60,18 @@ def test_record_restores_and_is_plain_data():
     assert tuning.record() == saved
 
 
+def test_a_named_file_that_is_missing_is_said(file):
+    with pytest.warns(RuntimeWarning, match=f"RSKERNELS_TUNING names {file}, which does not exist"):
+        tuning.load()
+    assert tuning.record()["source"] == "default rule"
+    assert f"default rule ({file} does not exist);" in tuning.describe()[0]
+
+
+def test_explain_tells_a_restored_table_from_a_read_one():
+    tuning.restore(tuning.record())
+    assert "(restored from a record);" in tuning.describe()[0]
+
+
 @pytest.mark.parametrize(
     ("saved", "match"),
     [
@@ -76,8 +89,11 @@ def test_restore_refuses_what_is_no_table(saved, match):
     assert tuning.record() == before
 
 
-def test_rule_without_a_measurement(file):
+def test_rule_without_a_measurement(monkeypatch, tmp_path, recwarn):
+    monkeypatch.delenv("RSKERNELS_TUNING", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuning.load()
+    assert not recwarn
     products = tuning.record()["products"]
     assert tuning.record()["source"] == "default rule" and set(products) == set(tuning.KEYS)
     assert products["float32/forward/wide/large"] == "onednn"
@@ -117,7 +133,8 @@ def test_a_table_stored_in_a_named_file_is_in_use(extension, file, monkeypatch, 
     monkeypatch.setattr(tune, "_measure", lambda key: {"aten": 1.0, "onednn": gain.get(key, 1.0)})
     for variable in (str(file), "off"):
         monkeypatch.setenv("RSKERNELS_TUNING", variable)
-        tuning.load()
+        with pytest.warns(RuntimeWarning) if variable != "off" else nullcontext():
+            tuning.load()
         assert tuning.record()["products"] == tuning.default_table()
         other = tmp_path / "elsewhere" / f"{len(variable)}.json"
         table = tune.tune(other)
