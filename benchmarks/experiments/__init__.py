@@ -1,0 +1,1 @@
+"""Experiments whose figures the documentation prints: training runs, hours rather than seconds."""
