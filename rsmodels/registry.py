@@ -229,6 +229,8 @@ def _fits(value: Any, hint: Any) -> bool:
         of = arguments[0]
         length = None if origin is not tuple or Ellipsis in arguments else len(arguments)
         return length in (None, len(value)) and all(_fits(item, of) for item in value)
+    if origin is dict:
+        return isinstance(value, dict)
     if origin is not None:
         return False
     if isinstance(value, bool):
