@@ -169,14 +169,19 @@ class RSSAM(nn.Module):
         """The neck's maps: (B, C, ·, ·) at 1/4, 1/8, 1/16 and 1/32, or at 1/16 alone without the neck."""
         return self._encode(images)[0]
 
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weighted terms of eq. (7), to be summed: {"ce": 0.2·CE, "dice": 0.8·Dice}.
+    def losses_and_logits(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Weighted terms of eq. (7), to be summed, {"ce": 0.2·CE, "dice": 0.8·Dice}, and their logits.
 
         Args:
             batch: "image" (B, C, H, W), normalised, and "mask" (B, H, W), class ids and 255 = ignore.
         """
-        terms = segmentation_losses(self(batch["image"]), batch["mask"], activation=self.activation)
-        return {"ce": CE_WEIGHT * terms["ce"], "dice": DICE_WEIGHT * terms["dice"]}
+        logits = self(batch["image"])
+        terms = segmentation_losses(logits, batch["mask"], activation=self.activation)
+        return {"ce": CE_WEIGHT * terms["ce"], "dice": DICE_WEIGHT * terms["dice"]}, logits
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms of losses_and_logits."""
+        return self.losses_and_logits(batch)[0]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, K, H, W) logits → probabilities in [0, 1]; they sum to 1 only under softmax."""

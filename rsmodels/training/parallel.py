@@ -125,13 +125,8 @@ class LossModule(nn.Module):
 
     def forward(self, batch: dict[str, Any], with_logits: bool = False) -> Any:
         """The loss terms of `batch`; for validation also the logits, as a pair."""
-        if not with_logits:
-            return self.model.losses(batch)
-        # Most losses call the model itself: look over its shoulder rather than compute the logits twice.
-        seen: list[Tensor] = []
-        with self.model.register_forward_hook(lambda module, inputs, output: seen.append(output)):
-            terms = self.model.losses(batch)
-        return terms, seen[0] if seen else self.model(batch["image"])
+        terms, logits = self.model.losses_and_logits(batch)
+        return (terms, logits) if with_logits else terms
 
 
 def check_mode(mode: str, world: int, shard_size: int | None = None) -> None:
