@@ -6,14 +6,14 @@ Shapes: B batch, C_i channels of stage i, D teacher embedding, h/w the teacher's
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rsmodels.heads.upernet import resize
-from rsmodels.layers import FeedForward, LayerNorm, SelfAttention
+from rsmodels.layers import FeedForward, LayerNorm, SelfAttention, conv_of_resized, resize
 
 # Levels of the neck, relative to the teacher's grid.
-NECK_SCALES = (4.0, 2.0, 1.0, 0.5)
+NECK_SCALES = (4, 2, 1, 0.5)
 
 
 class FeatureAlignment(nn.Module):
@@ -22,9 +22,16 @@ class FeatureAlignment(nn.Module):
     def __init__(self, in_dims: Sequence[int], dim: int) -> None:
         super().__init__()
         self.convs = nn.ModuleList(nn.Conv2d(in_dim, dim, kernel_size=1) for in_dim in in_dims)
+        init_weights(self)
 
     def forward(self, features: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:
-        return [resize(conv(x), grid) for conv, x in zip(self.convs, features, strict=True)]
+        aligned = []
+        for conv, x in zip(self.convs, features, strict=True):
+            # Interpolation weights sum to 1, so that a 1x1 convolution, bias included, may come before or
+            # after: it comes where there are fewer pixels.
+            shrinks = x.shape[-2] * x.shape[-1] > grid[0] * grid[1]
+            aligned.append(conv(resize(x, grid)) if shrinks else resize(conv(x), grid))
+        return aligned
 
 
 class FeatureModulation(nn.Module):
@@ -36,6 +43,7 @@ class FeatureModulation(nn.Module):
             nn.Sequential(*(Block(dim, num_heads=num_heads) for _ in range(depth))) for _ in range(scales)
         )
         self.activation_checkpointing = False
+        init_weights(self)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         modulated = []
@@ -80,6 +88,22 @@ class MultiLevelNeck(nn.Module):
         for lateral, conv, x, scale in zip(
             self.lateral_convs, self.convs, features, NECK_SCALES, strict=True
         ):
-            size = [max(1, int(side * scale)) for side in x.shape[-2:]]
-            levels.append(conv(resize(lateral(x), size)))
+            if scale < 1:
+                # Before the 1x1 convolution, as in FeatureAlignment. By the factor, as mmsegmentation: 19
+                # become 9 whose centres lie 2 apart, not 19/9.
+                x = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+            x = lateral(x)
+            if scale > 1:
+                size = [int(side * scale) for side in x.shape[-2:]]
+                levels.append(conv_of_resized(x, size, conv.weight, conv.bias))
+            else:
+                levels.append(conv(x))
         return levels
+
+
+def init_weights(module: nn.Module) -> None:
+    """The authors' first weights of FAM and FMM: normal of 0.02, cut at two, biases zero."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)

@@ -16,9 +16,9 @@ import rskernels
 from rsmodels.encoders.cnn import load_timm_stages, timm_stages
 from rsmodels.heads.fcn import FCNHead
 from rsmodels.heads.ktda import NECK_SCALES, FeatureAlignment, FeatureModulation, MultiLevelNeck
-from rsmodels.heads.upernet import UPerNetHead, resize
-from rsmodels.layers import image_size_pair
-from rsmodels.methods.losses import ACTIVATIONS, cross_entropy_loss
+from rsmodels.heads.upernet import UPerNetHead
+from rsmodels.layers import image_size_pair, resize
+from rsmodels.methods.losses import ACTIVATIONS, decoder_losses, to_probabilities
 from rsmodels.methods.teacher import teacher_grid
 from rsmodels.registry import Preprocessing, register_method, register_model
 from rsmodels.weights import LoadReport
@@ -38,11 +38,12 @@ class KTDA(nn.Module):
     """images (B, 3, H, W), normalised → logits (B, K, H, W).
 
     Args:
-        student: name of a timm network with stages at 1/4 to 1/32.
-        teacher_dim: D, the width of the teacher that training will use.
         num_classes: K; 1 means binary.
         image_size: H and W, or one int for both; multiples of 32.
+        student: name of a timm network with stages at 1/4 to 1/32.
         student_options: timm's own options for the student.
+        teacher_dim: D, the width of the teacher that training uses: 768 for ViT-B, 384 for S, 1024 for L, 1536
+            for g.
         patch_size: the teacher's; with the image size it fixes the grid that stages are aligned to.
         scales: "multi", four stages against four blocks, or "single", Table III's last stage against the last
             block, whose map then feeds every level of the neck.
@@ -52,7 +53,8 @@ class KTDA(nn.Module):
         kl: "paper", eq. (2), or "authors": softmax over image columns, teacher to student, sum over batch.
         temperature: of the KL term.
         kl_weight, mse_weight, aux_weight: lambda of eqs. (3) and (5); 0 drops the term (Table II).
-        drop_path: of the student. dropout: of both heads.
+        drop_path: of the student's last block, rising from 0 at the first; 0 for networks of timm's that have
+            none. dropout: of both heads.
         neck_dim, head_dim, aux_dim: widths of the neck (None: D), of UPerNet and of the auxiliary head.
         activation: "softmax" over the classes, or "sigmoid" for each.
         mean, std, bands: the model's Preprocessing; ImageNet's statistics unless given.
@@ -64,13 +66,12 @@ class KTDA(nn.Module):
 
     def __init__(
         self,
-        student: str,
-        teacher_dim: int,
-        /,
         *,
         num_classes: int,
         image_size: int | tuple[int, int],
+        student: str = "convnext_base",
         student_options: dict[str, Any] | None = None,
+        teacher_dim: int = 768,
         patch_size: int = 14,
         scales: str = "multi",
         fmm_depth: int = 4,
@@ -107,6 +108,7 @@ class KTDA(nn.Module):
                 f"temperature={temperature}: expected weights of at least 0 and a temperature above 0"
             )
         self.image_size = image_size_pair(image_size, multiple_of=32)
+        self.teacher_dim = teacher_dim
         self.grid_size = teacher_grid(self.image_size, patch_size)
         self.num_classes = num_classes
         self.activation = activation
@@ -115,11 +117,15 @@ class KTDA(nn.Module):
         self.kl_weight, self.mse_weight, self.aux_weight = kl_weight, mse_weight, aux_weight
         self.preprocessing = Preprocessing(tuple(mean or MEAN), tuple(std or STD), bands)
 
-        self.student = timm_stages(student, drop_path_rate=drop_path, **(student_options or {}))
+        options = dict(student_options or {})
+        if drop_path:
+            options["drop_path_rate"] = drop_path
+        self.student = timm_stages(student, **options)
         channels = self.student.feature_info.channels()
         self.single_scale = scales == "single"
         used = channels[-1:] if self.single_scale else channels
-        dim, width = teacher_dim, neck_dim or teacher_dim
+        dim = teacher_dim
+        width = neck_dim or dim
         self.align = FeatureAlignment(used, dim)
         self.fmm_first = fmm_position == "before_neck"
         fmm_dim, fmm_scales = (dim, len(used)) if self.fmm_first else (width, len(NECK_SCALES))
@@ -174,13 +180,11 @@ class KTDA(nn.Module):
         aligned = self._aligned(batch["image"])
         levels = self._levels(aligned)
         logits = self._logits(self.head(levels))
+        aux = None if self.aux_head is None else self._logits(self.aux_head(levels[2]))
         terms = self.transfer_losses(aligned, batch.get("teacher")) if self.transfers else {}
-        terms["ce"] = cross_entropy_loss(logits, batch["mask"], activation=self.activation)
-        if self.aux_head is not None:
-            aux = self._logits(self.aux_head(levels[2]))
-            terms["aux"] = self.aux_weight * cross_entropy_loss(
-                aux, batch["mask"], activation=self.activation
-            )
+        terms |= decoder_losses(
+            logits, aux, batch["mask"], aux_weight=self.aux_weight, activation=self.activation
+        )
         return terms, logits
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -191,8 +195,16 @@ class KTDA(nn.Module):
         """L_kt (eqs. 2, 3): the mean over scales of the KL and MSE terms, weighted."""
         if teacher is None:
             raise ValueError(
-                "losses: the batch has no 'teacher' maps to learn from; add them with rsmodels.Teacher, or "
-                "create the model with transfer=False"
+                "losses: the batch has no 'teacher' maps to learn from; add those of rsmodels.create_teacher, "
+                "or create the model with transfer=False"
+            )
+        expected = (self.teacher_dim, *self.grid_size)
+        found = {tuple(theirs.shape[1:]) for theirs in teacher}
+        if found != {expected}:
+            raise ValueError(
+                f"losses: teacher maps of {', '.join(map(str, sorted(found)))} per image, this model learns "
+                f"from {expected}; take a teacher of that width and grid, or create the model with the "
+                "teacher's teacher_dim= and patch_size="
             )
         pairs = list(zip(aligned, teacher[-len(aligned) :], strict=True))
         terms = [
@@ -205,14 +217,12 @@ class KTDA(nn.Module):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, K, H, W) logits → probabilities in [0, 1]; they sum to 1 only under softmax."""
-        if self.activation == "softmax" and self.num_classes > 1:
-            return logits.float().softmax(dim=1)
-        return logits.float().sigmoid()
+        return to_probabilities(logits, activation=self.activation)
 
     def blocks_to_shard(self) -> list[nn.Module]:
         """The modules that FSDP wraps one by one."""
         fmm = [] if isinstance(self.modulation, nn.Identity) else [*self.modulation.scales]
-        return [*self.student.children(), *fmm, self.head]
+        return [self.student, *fmm, self.head]
 
     def load_pretrained(self, source: str) -> LoadReport:
         """Load timm weights of the student (a file or a hub id); print and return the report."""
@@ -231,26 +241,30 @@ class KTDA(nn.Module):
 
 # A ConvNeXt of timm's with an eighth of the smallest published one's parameters.
 TINY: dict[str, Any] = {
-    "student_options": {"depths": [1, 1, 2, 1], "dims": [24, 48, 96, 128]},
+    "student": "convnext_atto",
+    "teacher_dim": 128,
     "fmm_depth": 1,
     "fmm_heads": 4,
     "drop_path": 0.0,
+    "dropout": 0.0,
     "neck_dim": 64,
     "head_dim": 64,
     "aux_dim": 32,
 }
+TINY_STUDENT: dict[str, Any] = {"depths": [1, 1, 2, 1], "dims": [24, 48, 96, 128]}
 
 
 @register_model
 def ktda_convnext_b(*, num_classes: int, image_size: int | tuple[int, int] = 256, **options: Any) -> KTDA:
     """KTDA's ConvNeXt-B, for a teacher of DINOv2 ViT-B's width."""
-    return KTDA("convnext_base", 768, num_classes=num_classes, image_size=image_size, **options)
+    return KTDA(num_classes=num_classes, image_size=image_size, **options)
 
 
 @register_model
 def ktda_tiny(*, num_classes: int, image_size: int | tuple[int, int] = 128, **options: Any) -> KTDA:
     """KTDA small enough to train from scratch in minutes on a CPU, for the teacher dinov2_vit_tiny."""
-    return KTDA("convnext_atto", 128, num_classes=num_classes, image_size=image_size, **{**TINY, **options})
+    own = {} if "student" in options else {"student_options": TINY_STUDENT}
+    return KTDA(num_classes=num_classes, image_size=image_size, **{**TINY, **own, **options})
 
 
 register_method("ktda", "ktda")

@@ -57,6 +57,24 @@ def cross_entropy_loss(
         return torch.where(valid, ce, 0).sum() / valid.sum().clamp(min=1)
 
 
+def decoder_losses(
+    logits: Tensor, aux: Tensor | None, mask: Tensor, *, aux_weight: float, activation: str
+) -> dict[str, Tensor]:
+    """L_da of KTDA (eqs. 4 and 5): {"ce": cross entropy} of `logits`, and {"aux": `aux_weight` times that of
+    `aux`}, the auxiliary head's logits, where there are any; both (B, K, H, W), the size of `mask`."""
+    terms = {"ce": cross_entropy_loss(logits, mask, activation=activation)}
+    if aux is not None:
+        terms["aux"] = aux_weight * cross_entropy_loss(aux, mask, activation=activation)
+    return terms
+
+
+def to_probabilities(logits: Tensor, *, activation: str) -> Tensor:
+    """(B, K, H, W) logits → float32 probabilities in [0, 1]; they sum to 1 only under softmax and K > 1."""
+    if activation == "softmax" and logits.shape[1] > 1:
+        return logits.float().softmax(dim=1)
+    return logits.float().sigmoid()
+
+
 def one_hot(ids: Tensor, classes: int) -> Tensor:
     """(B, H, W) class ids → (B, K, H, W) of 0 and 1; K = 1 takes the ids as they are."""
     return ids.unsqueeze(1) if classes == 1 else F.one_hot(ids, classes).permute(0, 3, 1, 2)

@@ -48,6 +48,8 @@ def build_model(name: str) -> tuple[nn.Module, Callable[[], tuple[Tensor, Tensor
     torch.manual_seed(0)
     model = spread_lora(rsmodels.create_model(name, num_classes=3, image_size=SIZE)).train()
     data = {"image": torch.randn(2, 3, SIZE, SIZE), "mask": torch.randint(0, 3, (2, SIZE, SIZE))}
+    if getattr(model, "transfers", False):
+        data["teacher"] = [torch.randn(2, model.teacher_dim, *model.grid_size) for _ in range(4)]
 
     def run() -> tuple[Tensor, Tensor]:
         logits = model(data["image"])
