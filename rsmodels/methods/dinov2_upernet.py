@@ -177,4 +177,7 @@ def dinov2_upernet_tiny(
     )
 
 
-register_method("dinov2-upernet", "dinov2_upernet")
+# The schedule is KTDA's, which it is compared with.
+register_method(
+    "dinov2-upernet", "dinov2_upernet", optim={"lr": 1e-3, "weight_decay": 0.01, "warmup_start": 1e-3}
+)

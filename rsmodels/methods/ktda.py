@@ -131,8 +131,8 @@ class KTDA(nn.Module):
         fmm_dim, fmm_scales = (dim, len(used)) if self.fmm_first else (width, len(NECK_SCALES))
         if fmm_depth < 0 or (fmm_depth and fmm_dim % fmm_heads):
             raise ValueError(
-                f"fmm_depth={fmm_depth}, fmm_heads={fmm_heads}: expected a depth of at least 0 and heads that "
-                f"divide {fmm_dim}"
+                f"fmm_depth={fmm_depth}, fmm_heads={fmm_heads}: expected a depth of at least 0 and heads "
+                f"that divide {fmm_dim}"
             )
         self.modulation = (
             FeatureModulation(fmm_dim, scales=fmm_scales, depth=fmm_depth, num_heads=fmm_heads)
@@ -155,8 +155,8 @@ class KTDA(nn.Module):
         if images.shape[-2:] != self.image_size:
             height, width = self.image_size
             raise ValueError(
-                f"images of shape {tuple(images.shape)}: this model takes (B, 3, {height}, {width}); resize or "
-                "tile the images, or create the model with their image_size="
+                f"images of shape {tuple(images.shape)}: this model takes (B, 3, {height}, {width}); resize "
+                "or tile the images, or create the model with their image_size="
             )
         stages = self.student(images)
         return self.align(stages[-1:] if self.single_scale else stages, self.grid_size)
@@ -195,7 +195,7 @@ class KTDA(nn.Module):
         """L_kt (eqs. 2, 3): the mean over scales of the KL and MSE terms, weighted."""
         if teacher is None:
             raise ValueError(
-                "losses: the batch has no 'teacher' maps to learn from; add those of rsmodels.create_teacher, "
+                "losses: the batch has no 'teacher' maps to learn from; add those of rsmodels.create_teacher "
                 "or create the model with transfer=False"
             )
         expected = (self.teacher_dim, *self.grid_size)
@@ -254,17 +254,20 @@ TINY: dict[str, Any] = {
 TINY_STUDENT: dict[str, Any] = {"depths": [1, 1, 2, 1], "dims": [24, 48, 96, 128]}
 
 
-@register_model
+@register_model(teacher="dinov2_vit_b")
 def ktda_convnext_b(*, num_classes: int, image_size: int | tuple[int, int] = 256, **options: Any) -> KTDA:
     """KTDA's ConvNeXt-B, for a teacher of DINOv2 ViT-B's width."""
     return KTDA(num_classes=num_classes, image_size=image_size, **options)
 
 
-@register_model
+@register_model(teacher="dinov2_vit_tiny")
 def ktda_tiny(*, num_classes: int, image_size: int | tuple[int, int] = 128, **options: Any) -> KTDA:
     """KTDA small enough to train from scratch in minutes on a CPU, for the teacher dinov2_vit_tiny."""
     own = {} if "student" in options else {"student_options": TINY_STUDENT}
     return KTDA(num_classes=num_classes, image_size=image_size, **{**TINY, **own, **options})
 
 
-register_method("ktda", "ktda")
+# The decay is the authors' configuration's; the warm-up starts at this share of the rate.
+register_method(
+    "ktda", "ktda", variant="convnext_b", optim={"lr": 1e-3, "weight_decay": 0.01, "warmup_start": 1e-3}
+)
