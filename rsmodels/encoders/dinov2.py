@@ -91,12 +91,12 @@ class DinoViT(nn.Module):
                 "image_size="
             )
         patches = self.patch_embed(images)
-        cls_token = self.cls_token.expand(len(images), -1, -1)
+        cls_token = self.cls_token.expand(images.shape[0], -1, -1)
         x = torch.cat([cls_token, patches], dim=1) + self.pos_embed
         if self.register_tokens is None:
             return x
         # Registers have no position.
-        return torch.cat([x[:, :1], self.register_tokens.expand(len(images), -1, -1), x[:, 1:]], dim=1)
+        return torch.cat([x[:, :1], self.register_tokens.expand(images.shape[0], -1, -1), x[:, 1:]], dim=1)
 
     def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         """`block(x)`, recomputed in backward where activation checkpointing is on."""
