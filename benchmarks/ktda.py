@@ -1,9 +1,9 @@
 """KTDA's training step and prediction against a reading of the authors' code in plain PyTorch.
 
-The peer has the same weights and takes the same step as their public code does: the student runs once for the
-decoder and once more for the transfer loss, every map is convolved at the size it is resized to, attention and
-projections are timm's blocks and the loss is composed of PyTorch's operators. It follows the paper where their
-code does another thing (KL, place of FMM), so that both compute one and the same gradient.
+The peer has the same weights and takes the same step as their public code does: the student runs once for
+the decoder and once more for the transfer loss, every map is convolved at the size it is resized to,
+attention and projections are timm's blocks and the loss is composed of PyTorch's operators. It follows the
+paper where their code does another thing (KL, place of FMM), so that both compute one and the same gradient.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class _Peer:
     def _teach(self, images: Tensor) -> list[Tensor]:
         side = self.teacher.patch_embed.img_size[0]
         images = F.pad(images, (0, side - images.shape[-1], 0, side - images.shape[-2]))
-        *raw, last = self.teacher.forward_intermediates(images, indices=(2, 5, 8, 11), intermediates_only=True)
+        *raw, last = self.teacher.forward_intermediates(
+            images, indices=(2, 5, 8, 11), intermediates_only=True
+        )
         return [*raw, self.teacher.norm(last.flatten(2).mT).mT.unflatten(2, last.shape[-2:])]
 
 
@@ -136,7 +138,10 @@ def _build_prediction(size: int, dtype: torch.dtype) -> dict[str, Call]:
     model, _, peer = _models(size)
     images = torch.randn(1, 3, size, size)
     model.eval()
-    return {OURS: partial(_predict, model, images, dtype), PEER: partial(_predict, peer.predict, images, dtype)}
+    return {
+        OURS: partial(_predict, model, images, dtype),
+        PEER: partial(_predict, peer.predict, images, dtype),
+    }
 
 
 def _build_with_teacher(size: int, dtype: torch.dtype) -> dict[str, Call]:

@@ -10,15 +10,15 @@ from rsmodels.weights import LoadReport, load_part, read_state, resolve, sha256_
 REDUCTIONS = [4, 8, 16, 32]
 
 
-def timm_stages(name: str, **options: Any) -> nn.Module:
-    """`timm.create_model(name, features_only=True)`: images → its maps (B, C_i, H/4, W/4), ... (…, H/32, W/32).
+def timm_stages(name: str, **options: Any) -> Any:
+    """timm's create_model(name, features_only=True): images → maps (B, C_i, ·, ·) at 1/4, 1/8, 1/16, 1/32.
 
     Args:
         name: a timm model whose last four stages are at 1/4, 1/8, 1/16 and 1/32 of the input.
         options: timm's own, e.g. drop_path_rate; weights are loaded by the caller.
     """
     try:
-        network = timm.create_model(name, pretrained=False, features_only=True, out_indices=4, **options)
+        network: Any = timm.create_model(name, pretrained=False, features_only=True, out_indices=4, **options)
     except (RuntimeError, TypeError, AttributeError, IndexError, AssertionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

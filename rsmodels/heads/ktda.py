@@ -4,6 +4,7 @@ Shapes: B batch, C_i channels of stage i, D teacher embedding, h/w the teacher's
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +86,7 @@ class MultiLevelNeck(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         levels = []
+        conv: Any
         for lateral, conv, x, scale in zip(
             self.lateral_convs, self.convs, features, NECK_SCALES, strict=True
         ):
@@ -106,4 +108,5 @@ def init_weights(module: nn.Module) -> None:
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)

@@ -89,8 +89,8 @@ class DinoUPerNet(nn.Module):
         if images.shape[-2:] != self.image_size:
             height, width = self.image_size
             raise ValueError(
-                f"images of shape {tuple(images.shape)}: this model takes (B, 3, {height}, {width}); resize or "
-                "tile the images, or create the model with their image_size="
+                f"images of shape {tuple(images.shape)}: this model takes (B, 3, {height}, {width}); resize "
+                "or tile the images, or create the model with their image_size="
             )
         return self.neck(self.backbone(images))
 

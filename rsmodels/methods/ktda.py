@@ -42,8 +42,8 @@ class KTDA(nn.Module):
         image_size: H and W, or one int for both; multiples of 32.
         student: name of a timm network with stages at 1/4 to 1/32.
         student_options: timm's own options for the student.
-        teacher_dim: D, the width of the teacher that training uses: 768 for ViT-B, 384 for S, 1024 for L, 1536
-            for g.
+        teacher_dim: D, the width of the teacher that training uses: 768 for ViT-B, 384 for S, 1024 for L and
+            1536 for g.
         patch_size: the teacher's; with the image size it fixes the grid that stages are aligned to.
         scales: "multi", four stages against four blocks, or "single", Table III's last stage against the last
             block, whose map then feeds every level of the neck.

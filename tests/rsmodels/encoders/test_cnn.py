@@ -56,7 +56,9 @@ def test_timms_weights_load(name: str, options: dict, tmp_path: Path) -> None:
 def test_weights_of_another_network_are_an_error(tmp_path: Path) -> None:
     deeper = timm.create_model("convnext_atto", **{**SMALL, "depths": (1, 1, 2, 1)})
     torch.save(deeper.state_dict(), tmp_path / "deeper.pth")
-    with pytest.raises(ValueError, match=r"deeper.pth: .* keys match nothing in this model .*stages\.2\.blocks\.1"):
+    with pytest.raises(
+        ValueError, match=r"deeper.pth: .* keys match nothing in this model .*stages\.2\.blocks\.1"
+    ):
         load_timm_stages(Holder("convnext_atto", **SMALL), "student", str(tmp_path / "deeper.pth"))
 
 

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 
 from rsmodels.layers import conv_of_resized, resize
 
-SIZES = [((5, 7), (20, 28)), ((4, 3), (9, 11)), ((9, 9), (38, 38)), ((6, 6), (6, 6)), ((8, 8), (3, 5)), ((1, 2), (6, 6))]
+SIZES = [
+    ((5, 7), (20, 28)),
+    ((4, 3), (9, 11)),
+    ((9, 9), (38, 38)),
+    ((6, 6), (6, 6)),
+    ((8, 8), (3, 5)),
+    ((1, 2), (6, 6)),
+]
 
 
 def formula(x, size, weight, bias=None):

@@ -227,7 +227,10 @@ def test_other_teachers() -> None:
 
 
 def test_drop_path_and_dropout_work_in_training_only() -> None:
-    for options in ({"drop_path": 0.9, "student_options": None, "student": "convnext_atto"}, {"dropout": 0.5}):
+    for options in (
+        {"drop_path": 0.9, "student_options": None, "student": "convnext_atto"},
+        {"dropout": 0.5},
+    ):
         model = tiny(**options).train()
         image = torch.randn(2, 3, SIZE, SIZE)
         with torch.no_grad():
@@ -240,7 +243,7 @@ def test_without_a_teacher_it_says_what_is_missing() -> None:
     model = tiny()
     data = batch_for(model)
     del data["teacher"]
-    with pytest.raises(ValueError, match="no 'teacher' maps .*transfer=False"):
+    with pytest.raises(ValueError, match=r"no 'teacher' maps .*transfer=False"):
         model.losses(data)
     data["teacher"] = [torch.randn(2, 64, 5, 5)] * 4
     with pytest.raises(ValueError, match=r"maps of \(64, 5, 5\) .*from \(128, 5, 5\); .*teacher_dim="):

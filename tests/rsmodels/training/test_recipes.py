@@ -1,5 +1,6 @@
 """Every recipe parses, validates, builds its model, and takes one step with the tiny variant swapped in."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def run(config: TrainConfig) -> int:
     return 0
 
 
+@functools.cache
 def read(recipe: Path) -> TrainConfig:
     return parse("train", "train", run, ["--config", str(recipe)])
 
