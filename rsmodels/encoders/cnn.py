@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import timm
 from torch import nn
 
 from rsmodels.weights import LoadReport, load_part, read_state, resolve, sha256_of
@@ -17,6 +16,8 @@ def timm_stages(name: str, **options: Any) -> Any:
         name: a timm model whose last four stages are at 1/4, 1/8, 1/16 and 1/32 of the input.
         options: timm's own, e.g. drop_path_rate; weights are loaded by the caller.
     """
+    import timm  # imports torchvision and Pillow, which other models do without
+
     try:
         network: Any = timm.create_model(name, pretrained=False, features_only=True, out_indices=4, **options)
     except (RuntimeError, TypeError, AttributeError, IndexError, AssertionError) as error:
