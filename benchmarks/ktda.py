@@ -173,7 +173,8 @@ def cases() -> list[Case]:
             build=partial(_build_step, size, 2, dtype),
             dtype=dtype,
             reference=PEER,
-            tolerance=1e-3 if dtype == torch.float32 else 2e-1,
+            # UPerNet's coarsest batch norm sees two values per channel, and makes much of their rounding.
+            tolerance=5e-3 if dtype == torch.float32 else 2e-1,
         )
         for size, dtype in forms
     ]
