@@ -16,7 +16,7 @@ from rsmodels.heads.mprm import HybridFeatureFusion, MaskFeatureFusion
 from rsmodels.heads.multiscale_neck import MultiScaleNeck
 from rsmodels.heads.sam_decoder import RandomPositionEncoding, TwoWayTransformer, make_upscaling
 from rsmodels.layers import image_size_pair, make_neck
-from rsmodels.methods.losses import ACTIVATIONS, segmentation_losses
+from rsmodels.methods.losses import ACTIVATIONS, segmentation_losses, to_probabilities
 from rsmodels.registry import ENCODERS, Preprocessing, register_method, register_model
 from rsmodels.weights import LoadReport, SamCheckpoint, load_encoder, load_part, read_sam
 
@@ -185,9 +185,7 @@ class RSSAM(nn.Module):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, K, H, W) logits → probabilities in [0, 1]; they sum to 1 only under softmax."""
-        if self.activation == "softmax" and self.num_classes > 1:
-            return logits.float().softmax(dim=1)
-        return logits.float().sigmoid()
+        return to_probabilities(logits, activation=self.activation)
 
     def merge_lora(self) -> None:
         """Fold LoRA into the encoder's weights for inference; `unmerge_lora()` and `train()` undo it."""
