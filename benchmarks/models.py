@@ -1,4 +1,5 @@
-"""Whole models: SAM's ViT-B encoder against timm's, RS-SAM's training step against plain PyTorch.
+"""Whole models: SAM's ViT-B encoder against timm's, RS-SAM's training step against plain PyTorch, and KTDA
+(benchmarks/ktda.py).
 
 The peers of the encoder run one timm module with our weights: eager, compiled, through OpenVINO and
 through zentorch, each where it is installed. They are compiled or converted once per case, outside what is
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import rskernels
 import rsmodels
+from benchmarks import ktda
 from benchmarks.measure import Call, Case, lazily
 from rsmodels.encoders.sam_vit import sam_vit_b
 
@@ -148,4 +150,4 @@ def cases() -> list[Case]:
         )
         for dtype in dtypes
     ]
-    return encoders + steps
+    return encoders + steps + ktda.cases()

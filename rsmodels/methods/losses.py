@@ -31,19 +31,53 @@ def segmentation_losses(
         logits = logits.float()
         valid = mask != ignore_index
         ids = torch.where(valid, mask, 0).long()
-        target = ids.unsqueeze(1)
-        if classes > 1:  # one-hot, laid out as the logits are
-            target = target == torch.arange(classes, device=ids.device)[:, None, None]
-        target = target.to(logits.dtype)
-        if activation == "softmax" and classes > 1:
-            probabilities = logits.softmax(dim=1)
-            ce = F.cross_entropy(logits, ids, reduction="none")
-        else:
-            probabilities = logits.sigmoid()
-            ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
-        ce = torch.where(valid, ce, 0).sum() / valid.sum().clamp(min=1)
+        target = one_hot(ids, classes).to(logits.dtype)
+        alternatives = activation == "softmax" and classes > 1
+        probabilities = logits.softmax(dim=1) if alternatives else logits.sigmoid()
+        ce = cross_entropy_loss(logits, mask, activation=activation, ignore_index=ignore_index)
         dice = soft_dice(probabilities, target, valid.unsqueeze(1)).mean()
     return {"ce": ce, "dice": dice}
+
+
+def cross_entropy_loss(
+    logits: Tensor, mask: Tensor, *, activation: str = "softmax", ignore_index: int = 255
+) -> Tensor:
+    """The "ce" of segmentation_losses alone: the mean over the pixels that count, 0 where there are none."""
+    check_mask(logits, mask, ignore_index)
+    classes = logits.shape[1]
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits.float()
+        valid = mask != ignore_index
+        ids = torch.where(valid, mask, 0).long()
+        if activation == "softmax" and classes > 1:
+            ce = F.cross_entropy(logits, ids, reduction="none")
+        else:
+            target = one_hot(ids, classes).to(logits.dtype)
+            ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
+        return torch.where(valid, ce, 0).sum() / valid.sum().clamp(min=1)
+
+
+def decoder_losses(
+    logits: Tensor, aux: Tensor | None, mask: Tensor, *, aux_weight: float, activation: str
+) -> dict[str, Tensor]:
+    """L_da of KTDA (eqs. 4 and 5): {"ce": cross entropy} of `logits`, and {"aux": `aux_weight` times that of
+    `aux`}, the auxiliary head's logits, where there are any; both (B, K, H, W), the size of `mask`."""
+    terms = {"ce": cross_entropy_loss(logits, mask, activation=activation)}
+    if aux is not None:
+        terms["aux"] = aux_weight * cross_entropy_loss(aux, mask, activation=activation)
+    return terms
+
+
+def to_probabilities(logits: Tensor, *, activation: str) -> Tensor:
+    """(B, K, H, W) logits → float32 probabilities in [0, 1]; they sum to 1 only under softmax and K > 1."""
+    if activation == "softmax" and logits.shape[1] > 1:
+        return logits.float().softmax(dim=1)
+    return logits.float().sigmoid()
+
+
+def one_hot(ids: Tensor, classes: int) -> Tensor:
+    """(B, H, W) class ids → (B, K, H, W) of 0 and 1; K = 1 takes the ids as they are."""
+    return ids.unsqueeze(1) if classes == 1 else F.one_hot(ids, classes).permute(0, 3, 1, 2)
 
 
 def soft_dice(probabilities: Tensor, target: Tensor, valid: Tensor, *, smooth: float = 1.0) -> Tensor:

@@ -17,6 +17,7 @@ from rsmodels.training.parallel import (
     check_mode,
     clip_gradients,
     processes,
+    running_statistics,
 )
 
 CPU = torch.device("cpu")
@@ -101,28 +102,50 @@ def test_interrupt_works_outside_the_main_thread() -> None:
 
 
 class Counting(nn.Module):
-    """Counts its forward passes; `calls_itself` says whether its losses need one."""
+    """Counts its passes."""
 
-    def __init__(self, calls_itself: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.calls_itself, self.passes = calls_itself, 0
+        self.passes = 0
 
-    def forward(self, images: Tensor) -> Tensor:
+    def losses_and_logits(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         self.passes += 1
-        return images * 2
-
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"a": (self(batch["image"]) if self.calls_itself else batch["image"]).sum()}
+        logits = batch["image"] * 2
+        return {"a": logits.sum()}, logits
 
 
-@pytest.mark.parametrize("calls_itself", [True, False])
-def test_validation_gets_logits_in_one_pass(calls_itself: bool) -> None:
-    model = Counting(calls_itself)
+def test_validation_gets_logits_in_one_pass() -> None:
+    model = Counting()
     batch = {"image": torch.ones(1, 3, 4, 4)}
     terms, logits = LossModule(model)(batch, with_logits=True)
     assert torch.equal(logits, batch["image"] * 2) and model.passes == 1
-    assert terms.keys() == LossModule(model)(batch).keys()
-    assert not model._forward_hooks
+    assert terms == LossModule(model)(batch)
+
+
+def averaging_rank(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    norm = nn.BatchNorm1d(2)
+    norm(torch.tensor([[0.0, 1.0], [2.0, 9.0]]) * (rank + 1))
+    statistics = running_statistics(nn.Sequential(norm, nn.BatchNorm1d(3, track_running_stats=False)))
+    before = [value.clone() for value in statistics]
+    Ranks(rank, 2, CPU).average(statistics)
+    torch.save((before, [norm.running_mean, norm.running_var]), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_running_statistics_are_averaged_over_ranks(tmp_path: Path) -> None:
+    mp.spawn(averaging_rank, args=(str(tmp_path),), nprocs=2)
+    (first, averaged), (second, other) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    assert len(averaged) == 2 and all(torch.equal(a, b) for a, b in zip(averaged, other, strict=True))
+    for a, b, mean in zip(first, second, averaged, strict=True):
+        assert not torch.equal(a, b)
+        torch.testing.assert_close(mean, (a + b) / 2)
+
+
+def test_one_process_has_nothing_to_average() -> None:
+    values = torch.tensor([0.1, 0.2])
+    Ranks(0, 1, CPU).average([values])
+    assert torch.equal(values, torch.tensor([0.1, 0.2]))
 
 
 def test_clip_returns_the_norm_before_and_leaves_small_gradients() -> None:
