@@ -137,8 +137,8 @@ def test_killed_ranks_with_batch_norms_and_a_teacher_end_with_the_same_bits(runs
 
 
 def test_a_sharded_student_learns_as_a_copied_one(runs: dict[str, Any]) -> None:
-    """Up to the first validation, which uses the averaged statistics. Batch norms over two pooled tiles, which
-    know only signs, amplify rounding faster than RS-SAM does."""
+    """Up to the first validation, which uses the averaged statistics. Batch norms over two pooled tiles,
+    which know only signs, amplify rounding faster than RS-SAM does."""
     sharded, copied = losses(runs, "ktda")[:5], losses(runs, "ktda ddp")[:5]
     assert sharded[0] == pytest.approx(copied[0], rel=1e-5)
     assert sharded == pytest.approx(copied, rel=5e-3)
