@@ -28,6 +28,20 @@ def test_together_raises_the_error_of_a_lone_process() -> None:
         raise ValueError("mine")
 
 
+def check_averages(ranks: Ranks) -> None:
+    norm = nn.BatchNorm1d(2)
+    norm(torch.tensor([[0.0, 1.0], [2.0, 9.0]]) * (ranks.rank + 1))
+    statistics = running_statistics(nn.Sequential(norm, nn.BatchNorm1d(3, track_running_stats=False)))
+    before = ranks.gather([value.clone() for value in statistics])
+    ranks.average(statistics)
+    assert len(statistics) == 2 and statistics[0] is norm.running_mean
+    for index, averaged in enumerate(ranks.gather(statistics)[0]):
+        assert torch.equal(averaged, statistics[index]), "the same bits on every rank"
+        everybodys = torch.stack([values[index] for values in before])
+        assert not torch.equal(everybodys[0], everybodys[1])
+        torch.testing.assert_close(averaged, everybodys.mean(0))
+
+
 def rank_of_three(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     ranks = Ranks(rank, 3, CPU)
@@ -36,6 +50,7 @@ def rank_of_three(rank: int, folder: str) -> None:
         pass  # nobody fails: all go on
     assert ranks.gather(rank) == [0, 1, 2] and ranks.any(rank == 2) and not ranks.any(False)
     assert ranks.from_main(lambda: f"of rank {rank}") == "of rank 0"
+    check_averages(ranks)
     try:
         with ranks.together():
             if rank > 0:
@@ -47,7 +62,7 @@ def rank_of_three(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_together_lets_one_rank_speak_and_stops_the_others(tmp_path: Path) -> None:
+def test_ranks_average_and_one_speaks_for_those_that_fail(tmp_path: Path) -> None:
     mp.spawn(rank_of_three, args=(str(tmp_path),), nprocs=3)
     said = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(3)]
     assert said == ["exit 2", "rank 1 failed", "exit 2"]
@@ -120,26 +135,6 @@ def test_validation_gets_logits_in_one_pass() -> None:
     terms, logits = LossModule(model)(batch, with_logits=True)
     assert torch.equal(logits, batch["image"] * 2) and model.passes == 1
     assert terms == LossModule(model)(batch)
-
-
-def averaging_rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    norm = nn.BatchNorm1d(2)
-    norm(torch.tensor([[0.0, 1.0], [2.0, 9.0]]) * (rank + 1))
-    statistics = running_statistics(nn.Sequential(norm, nn.BatchNorm1d(3, track_running_stats=False)))
-    before = [value.clone() for value in statistics]
-    Ranks(rank, 2, CPU).average(statistics)
-    torch.save((before, [norm.running_mean, norm.running_var]), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_running_statistics_are_averaged_over_ranks(tmp_path: Path) -> None:
-    mp.spawn(averaging_rank, args=(str(tmp_path),), nprocs=2)
-    (first, averaged), (second, other) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
-    assert len(averaged) == 2 and all(torch.equal(a, b) for a, b in zip(averaged, other, strict=True))
-    for a, b, mean in zip(first, second, averaged, strict=True):
-        assert not torch.equal(a, b)
-        torch.testing.assert_close(mean, (a + b) / 2)
 
 
 def test_one_process_has_nothing_to_average() -> None:
