@@ -149,7 +149,9 @@ def describe_teacher(config: TrainConfig, teacher: FrozenTeacher | None) -> list
         return []
     if teacher is None:
         return [f"{config.model} with these arguments learns from no teacher; {config.teacher} is not used"]
-    said = f"learning from {config.teacher}, weights {teacher.record['sha256'][:12]}"
+    millions = sum(parameter.numel() for parameter in teacher.network.parameters()) / 1e6
+    said = f"learning from {config.teacher} ({millions:.1f} M parameters, in no file of this run), weights "
+    said += teacher.record["sha256"][:12]
     if config.teacher_weights is None:
         said += ", which are random: give its checkpoint with --teacher-weights"
     return [said]
@@ -159,7 +161,8 @@ def _check_fit(config: TrainConfig, model: Any, network: Any) -> None:
     if network.embed_dim != model.teacher_dim:
         raise ValueError(
             f"--teacher {config.teacher}: its maps have {network.embed_dim} channels, {config.model} learns "
-            f"from {model.teacher_dim}; choose a teacher of that width, as {TEACHER_OF[str(config.model)]}"
+            f"from {model.teacher_dim}; choose a teacher of that width, as {TEACHER_OF[str(config.model)]}, or "
+            f"--model-args.teacher_dim {network.embed_dim}"
         )
     if network.grid_size != model.grid_size:
         found, expected = ("x".join(map(str, grid)) for grid in (network.grid_size, model.grid_size))
