@@ -26,16 +26,13 @@ def segmentation_losses(
     and still have a gradient.
     """
     check_mask(logits, mask, ignore_index)
-    classes = logits.shape[1]
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
         valid = mask != ignore_index
         ids = torch.where(valid, mask, 0).long()
-        target = one_hot(ids, classes).to(logits.dtype)
-        alternatives = activation == "softmax" and classes > 1
-        probabilities = logits.softmax(dim=1) if alternatives else logits.sigmoid()
-        ce = cross_entropy_loss(logits, mask, activation=activation, ignore_index=ignore_index)
-        dice = soft_dice(probabilities, target, valid.unsqueeze(1)).mean()
+        target = one_hot(ids, logits.shape[1]).to(logits.dtype)
+        ce = _cross_entropy(logits, ids, target, valid, activation)
+        dice = soft_dice(to_probabilities(logits, activation=activation), target, valid.unsqueeze(1)).mean()
     return {"ce": ce, "dice": dice}
 
 
@@ -44,17 +41,23 @@ def cross_entropy_loss(
 ) -> Tensor:
     """The "ce" of segmentation_losses alone: the mean over the pixels that count, 0 where there are none."""
     check_mask(logits, mask, ignore_index)
-    classes = logits.shape[1]
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
         valid = mask != ignore_index
         ids = torch.where(valid, mask, 0).long()
-        if activation == "softmax" and classes > 1:
-            ce = F.cross_entropy(logits, ids, reduction="none")
-        else:
-            target = one_hot(ids, classes).to(logits.dtype)
-            ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
-        return torch.where(valid, ce, 0).sum() / valid.sum().clamp(min=1)
+        return _cross_entropy(logits, ids, None, valid, activation)
+
+
+def _cross_entropy(
+    logits: Tensor, ids: Tensor, target: Tensor | None, valid: Tensor, activation: str
+) -> Tensor:
+    """`target`: the ids one-hot, where they are at hand."""
+    if activation == "softmax" and logits.shape[1] > 1:
+        ce = F.cross_entropy(logits, ids, reduction="none")
+    else:
+        target = one_hot(ids, logits.shape[1]).to(logits.dtype) if target is None else target
+        ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
+    return torch.where(valid, ce, 0).sum() / valid.sum().clamp(min=1)
 
 
 def decoder_losses(
@@ -76,8 +79,10 @@ def to_probabilities(logits: Tensor, *, activation: str) -> Tensor:
 
 
 def one_hot(ids: Tensor, classes: int) -> Tensor:
-    """(B, H, W) class ids → (B, K, H, W) of 0 and 1; K = 1 takes the ids as they are."""
-    return ids.unsqueeze(1) if classes == 1 else F.one_hot(ids, classes).permute(0, 3, 1, 2)
+    """(B, H, W) class ids → (B, K, H, W) of 0 and 1, laid out as logits are; K = 1 takes the ids as they
+    are."""
+    ids = ids.unsqueeze(1)
+    return ids if classes == 1 else ids == torch.arange(classes, device=ids.device)[:, None, None]
 
 
 def soft_dice(probabilities: Tensor, target: Tensor, valid: Tensor, *, smooth: float = 1.0) -> Tensor:
