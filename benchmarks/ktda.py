@@ -185,6 +185,7 @@ def cases() -> list[Case]:
             dtype=dtype,
             reference=reference,
             tolerance=1e-4 if dtype == torch.float32 else 8e-2,
+            beside=("with the teacher",),
         )
         for build, title, reference in (
             (_build_prediction, "", PEER),

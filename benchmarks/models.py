@@ -1,5 +1,4 @@
-"""Whole models: SAM's ViT-B encoder against timm's, RS-SAM's training step against plain PyTorch, and KTDA
-(benchmarks/ktda.py).
+"""Whole models: SAM's ViT-B encoder against timm's, RS-SAM's training step against plain PyTorch.
 
 The peers of the encoder run one timm module with our weights: eager, compiled, through OpenVINO and
 through zentorch, each where it is installed. They are compiled or converted once per case, outside what is
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 import rskernels
 import rsmodels
-from benchmarks import ktda
 from benchmarks.measure import Call, Case, lazily
 from rsmodels.encoders.sam_vit import sam_vit_b
 
@@ -150,4 +148,4 @@ def cases() -> list[Case]:
         )
         for dtype in dtypes
     ]
-    return encoders + steps + ktda.cases()
+    return encoders + steps
