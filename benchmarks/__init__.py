@@ -9,6 +9,7 @@ from benchmarks import (
     deformable_attention,
     dilated_aspp,
     distillation_loss,
+    ktda,
     layer_norm,
     linear,
     lora,
@@ -26,4 +27,5 @@ SUITES: dict[str, ModuleType] = {
     "dilated_aspp": dilated_aspp,
     "deformable_attention": deformable_attention,
     "models": models,
+    "ktda": ktda,
 }

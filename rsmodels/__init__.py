@@ -12,6 +12,7 @@ from rsmodels.registry import LIBRARY_VERSION as __version__
 from rsmodels.registry import (
     create_backbone,
     create_model,
+    create_teacher,
     list_encoders,
     list_models,
     load_model,
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "create_backbone",
     "create_model",
+    "create_teacher",
     "encoders",
     "heads",
     "list_encoders",

@@ -8,11 +8,8 @@ that it is annotated to return; that class's keyword-only parameters are the opt
 import difflib
 import fnmatch
 import functools
-import inspect
 import json
 import os
-import types
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
+from rsmodels.arguments import check_options
 from rsmodels.files import atomic_directory, read_json, write_json
 from rsmodels.weights import read_state, save_state
 
@@ -32,8 +30,21 @@ MODELS: dict[str, Callable[..., nn.Module]] = {}
 ENCODERS: dict[str, Callable[..., nn.Module]] = {}
 # Options of a model's class that its builder settles, by the model's name.
 FIXED_OPTIONS: dict[str, tuple[str, ...]] = {}
-# Method names of the command line → the family of models that they train.
-METHODS: dict[str, str] = {}
+# What --method knows.
+METHODS: dict[str, "Method"] = {}
+# Encoders that can teach → the builder of the teacher; models that learn from one → theirs by default.
+TEACHERS: dict[str, Callable[..., nn.Module]] = {}
+TEACHER_OF: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A paper's recipe: the family of models, the paper's variant, its settings of the optimiser by the
+    names of the trainer's options."""
+
+    family: str
+    variant: str
+    optim: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -77,15 +88,21 @@ class Preprocessing:
 @overload
 def register_model(builder: Builder) -> Builder: ...
 @overload
-def register_model(*, fixed: tuple[str, ...]) -> Callable[[Builder], Builder]: ...
-def register_model(builder: Any = None, *, fixed: tuple[str, ...] = ()) -> Any:
+def register_model(
+    *, fixed: tuple[str, ...] = (), teacher: str | None = None
+) -> Callable[[Builder], Builder]: ...
+def register_model(builder: Any = None, *, fixed: tuple[str, ...] = (), teacher: str | None = None) -> Any:
     """Make `builder(*, num_classes, ...)` known to create_model under its own name.
 
-    `@register_model(fixed=(...))` names options of the model's class that the builder settles itself.
+    `@register_model(fixed=(...))` names options of the model's class that the builder settles itself, and
+    `teacher=` the encoder that training lets the model learn from: its losses then take "teacher" with the
+    batch (see create_teacher), and it has `transfers`, `teacher_dim` and `grid_size`.
     """
     if builder is None:
-        return functools.partial(register_model, fixed=fixed)
+        return functools.partial(register_model, fixed=fixed, teacher=teacher)
     FIXED_OPTIONS[builder.__name__] = fixed
+    if teacher is not None:
+        TEACHER_OF[builder.__name__] = teacher
     return _register(MODELS, builder)
 
 
@@ -94,9 +111,16 @@ def register_encoder(builder: Builder) -> Builder:
     return _register(ENCODERS, builder)
 
 
-def register_method(method: str, family: str) -> None:
-    """Say that `method` (as in --method) trains the models named `family`_..."""
-    METHODS[method] = family
+def register_teacher(encoder: str, builder: Callable[..., nn.Module]) -> None:
+    """Make `builder(*, image_size, fit, **options of the encoder)` known to create_teacher."""
+    TEACHERS[encoder] = builder
+
+
+def register_method(
+    method: str, family: str, *, variant: str = "vit_b", optim: Mapping[str, Any] | None = None
+) -> None:
+    """Say that `method` (as in --method) trains the models named `family`_...; see Method."""
+    METHODS[method] = Method(family, variant, optim or {})
 
 
 def _register(table: dict[str, Callable[..., nn.Module]], builder: Builder) -> Builder:
@@ -122,7 +146,7 @@ def model_for_method(method: str, variant: str) -> str:
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r}: no such method; {_suggest(method, METHODS)}")
-    family = METHODS[method]
+    family = METHODS[method].family
     name = variant if variant in MODELS else f"{family}_{variant}"
     if name not in MODELS or not name.startswith(f"{family}_"):
         raise ValueError(
@@ -153,7 +177,7 @@ def create_model(
     builder = _look_up(MODELS, name, "model")
     if image_size is not None:
         options["image_size"] = tuple(image_size) if isinstance(image_size, list) else image_size
-    _check_options(builder, name, options)
+    check_options(builder, name, options, settled=FIXED_OPTIONS.get(name, ()))
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: expected 1 (binary) or the number of classes")
     model: Any = builder(num_classes=num_classes, **options)
@@ -183,11 +207,36 @@ def create_backbone(
     builder = _look_up(ENCODERS, name, "encoder")
     if image_size is not None:
         options["image_size"] = image_size
-    _check_options(builder, name, options)
+    check_options(builder, name, options)
     encoder: Any = builder(**options)
     if pretrained is not None:
         encoder.load_pretrained(pretrained)
     return encoder.features_only(out_indices)
+
+
+def create_teacher(
+    name: str,
+    *,
+    image_size: int | tuple[int, int],
+    fit: str = "pad",
+    pretrained: str | None = None,
+    **options: Any,
+) -> Any:
+    """Build the frozen teacher `name`: normalised images (B, 3, H, W) → a list of maps (B, D, h, w), what a
+    model that learns from a teacher takes as batch["teacher"].
+
+    Args:
+        name: one of TEACHERS.
+        image_size: pixels, one number or (H, W), of any size.
+        fit: how images get to a multiple of the patch: "pad" adds zeros, "resize" stretches.
+        pretrained, options: as in create_model, of the encoder.
+    """
+    teacher: Any = _look_up(TEACHERS, name, "teacher")
+    check_options(ENCODERS[name], name, options, settled=("image_size",))
+    teacher = teacher(image_size=image_size, fit=fit, **options)
+    if pretrained is not None:
+        teacher.load_pretrained(pretrained)
+    return teacher
 
 
 def _look_up(table: Mapping[str, Callable[..., nn.Module]], name: str, what: str) -> Callable[..., nn.Module]:
@@ -199,41 +248,6 @@ def _look_up(table: Mapping[str, Callable[..., nn.Module]], name: str, what: str
 def _suggest(name: str, known: Mapping[str, Any]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(sorted(known))}"
-
-
-def _check_options(builder: Callable[..., nn.Module], name: str, options: Mapping[str, Any]) -> None:
-    parameters = dict(inspect.signature(builder).parameters)
-    hints = typing.get_type_hints(builder)
-    built = hints["return"]
-    parameters |= inspect.signature(built).parameters
-    hints |= typing.get_type_hints(built.__init__)
-    allowed = {k for k, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-    allowed -= {"num_classes", *FIXED_OPTIONS.get(name, ())}
-    unknown = [key for key in options if key not in allowed]
-    if unknown:
-        raise ValueError(f"{name} has no option {unknown[0]!r}; it has {', '.join(sorted(allowed))}")
-    for key, value in options.items():
-        if not _fits(value, hints[key]):
-            expected = inspect.formatannotation(hints[key])
-            raise ValueError(f"{name}: {key}={value!r} is not of the expected type {expected}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type `hint`; lists pass for tuples, as YAML and JSON have no others."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, one) for one in arguments)
-    if origin is not None and isinstance(value, tuple | list):
-        of = arguments[0]
-        length = None if origin is not tuple or Ellipsis in arguments else len(arguments)
-        return length in (None, len(value)) and all(_fits(item, of) for item in value)
-    if origin is not None:
-        return False
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)
 
 
 def parameter_counts(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -326,7 +340,10 @@ def load_model(
     if model is not None and info["model"] != model:
         raise ValueError(f"{record_path}: holds {info['model']}, expected {model}; give that model's folder")
 
-    arguments = {**_tuples(info["arguments"]), **overrides}
+    arguments: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in info["arguments"].items()
+    }
+    arguments |= overrides
     loaded = create_model(info["model"], **arguments)
     loaded.base_weights = info.get("base_weights")
     bands = info.get("bands")
@@ -336,10 +353,6 @@ def load_model(
         loaded.resize_state(state)
     _load_whole(loaded, state, weights_path, f"{info['model']} {json.dumps(info['arguments'])}")
     return loaded.to(device).eval(), info
-
-
-def _tuples(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
 
 
 def _load_whole(model: nn.Module, state: Mapping[str, Tensor], path: Path, expected: str) -> None:

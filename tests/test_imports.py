@@ -16,8 +16,9 @@ MODULES = sorted(path for package in ("rskernels", "rsmodels") for path in (ROOT
 # computes; `files` (atomic writes) and `torch` to everybody.
 ALLOWED: dict[str, set[str]] = {
     "files": set(),
+    "arguments": set(),
     "weights": set(),
-    "registry": {"weights"},
+    "registry": {"arguments", "weights"},
     "layers": set(),
     "encoders": {"layers", "registry", "weights"},
     "heads": {"layers", "registry", "weights"},
@@ -40,6 +41,7 @@ OPTIONAL = {
     "wandb",
     "umap",
     "xformers",
+    "timm",  # installed, but it imports torchvision and Pillow: only CNN students need it
 }
 
 

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import rskernels
 from rsmodels.encoders.dinov2_weights import load_dinov2
 from rsmodels.encoders.features import FeatureBackbone
-from rsmodels.layers import LayerNorm, Linear, image_size_pair
+from rsmodels.layers import FeedForward, LayerNorm, Linear, SelfAttention, image_size_pair
 from rsmodels.registry import register_encoder
 from rsmodels.weights import LoadReport
 
@@ -92,12 +91,12 @@ class DinoViT(nn.Module):
                 "image_size="
             )
         patches = self.patch_embed(images)
-        cls_token = self.cls_token.expand(len(images), -1, -1)
+        cls_token = self.cls_token.expand(images.shape[0], -1, -1)
         x = torch.cat([cls_token, patches], dim=1) + self.pos_embed
         if self.register_tokens is None:
             return x
         # Registers have no position.
-        return torch.cat([x[:, :1], self.register_tokens.expand(len(images), -1, -1), x[:, 1:]], dim=1)
+        return torch.cat([x[:, :1], self.register_tokens.expand(images.shape[0], -1, -1), x[:, 1:]], dim=1)
 
     def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
         """`block(x)`, recomputed in backward where activation checkpointing is on."""
@@ -175,7 +174,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, *, num_heads: int, swiglu: bool) -> None:
         super().__init__()
         self.norm1 = LayerNorm(dim)
-        self.attn = Attention(dim, num_heads=num_heads)
+        self.attn = SelfAttention(dim, num_heads=num_heads)
         self.ls1 = LayerScale(dim)
         self.norm2 = LayerNorm(dim)
         self.mlp = SwiGLU(dim) if swiglu else FeedForward(dim)
@@ -195,33 +194,6 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor, update: Tensor) -> Tensor:
         return torch.addcmul(x, update, self.gamma.to(update.dtype))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention: (B, N, D) → (B, N, D)."""
-
-    def __init__(self, dim: int, *, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unsqueeze(1)  # a grid of one row
-        out = rskernels.rel_pos_attention(qkv, None, None, num_heads=self.num_heads)
-        return self.proj(out.squeeze(1))
-
-
-class FeedForward(nn.Module):
-    """fc2(gelu(fc1(x))), four times as wide inside."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1 = Linear(dim, 4 * dim, activation="gelu")
-        self.fc2 = Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x))
 
 
 class SwiGLU(nn.Module):

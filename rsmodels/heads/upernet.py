@@ -8,10 +8,9 @@ Shapes: B batch, C_i channels of level i, D width, K classes.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rsmodels.layers import ConvNormAct
+from rsmodels.layers import ConvNormAct, conv_of_resized, resize
 
 POOL_SIZES = (1, 2, 3, 6)
 
@@ -44,23 +43,22 @@ class UPerNetHead(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         *finer, coarsest = features
         x = self._pool(coarsest)
-        size = finer[0].shape[-2:] if finer else coarsest.shape[-2:]
-        levels = [resize(x, size)]
+        levels = [x]
         for lateral, fpn, feature in reversed(
             list(zip(self.lateral_convs, self.fpn_convs, finer, strict=True))
         ):
             x = lateral(feature) + resize(x, feature.shape[-2:])
-            levels.append(resize(fpn(x), size))
-        fused = self.fpn_bottleneck(torch.cat(levels[::-1], dim=1))
-        return self.conv_seg(self.dropout(fused))
+            levels.append(fpn(x))
+        return self.conv_seg(self.dropout(self._fuse(levels[::-1])))
+
+    def _fuse(self, levels: Sequence[Tensor]) -> Tensor:
+        """fpn_bottleneck of all levels at the finest one's size, side by side. Its convolution is the sum of
+        one per level, which needs no level at a size other than its own."""
+        size = levels[0].shape[-2:]
+        weights = self.fpn_bottleneck.conv.weight.split([level.shape[1] for level in levels], dim=1)
+        parts = [conv_of_resized(level, size, w) for level, w in zip(levels, weights, strict=True)]
+        return self.fpn_bottleneck.bn(sum(parts[1:], parts[0])).relu()
 
     def _pool(self, x: Tensor) -> Tensor:
         pooled = [resize(psp(x), x.shape[-2:]) for psp in self.psp_modules]
         return self.bottleneck(torch.cat([x, *pooled], dim=1))
-
-
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, C, ·, ·) → (B, C, *size), bilinear; nothing is done where the size is right."""
-    if x.shape[-2:] == torch.Size(size):
-        return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)

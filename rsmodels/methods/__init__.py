@@ -3,6 +3,6 @@
 Importing this package announces every model and method to the registry.
 """
 
-from rsmodels.methods import losses, rs_sam, sam_lora
+from rsmodels.methods import dinov2_upernet, ktda, losses, rs_sam, sam_lora, teacher
 
-__all__ = ["losses", "rs_sam", "sam_lora"]
+__all__ = ["dinov2_upernet", "ktda", "losses", "rs_sam", "sam_lora", "teacher"]

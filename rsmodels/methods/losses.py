@@ -26,24 +26,63 @@ def segmentation_losses(
     and still have a gradient.
     """
     check_mask(logits, mask, ignore_index)
-    classes = logits.shape[1]
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.float()
         valid = mask != ignore_index
         ids = torch.where(valid, mask, 0).long()
-        target = ids.unsqueeze(1)
-        if classes > 1:  # one-hot, laid out as the logits are
-            target = target == torch.arange(classes, device=ids.device)[:, None, None]
-        target = target.to(logits.dtype)
-        if activation == "softmax" and classes > 1:
-            probabilities = logits.softmax(dim=1)
-            ce = F.cross_entropy(logits, ids, reduction="none")
-        else:
-            probabilities = logits.sigmoid()
-            ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
-        ce = torch.where(valid, ce, 0).sum() / valid.sum().clamp(min=1)
-        dice = soft_dice(probabilities, target, valid.unsqueeze(1)).mean()
+        target = one_hot(ids, logits.shape[1]).to(logits.dtype)
+        ce = _cross_entropy(logits, ids, target, valid, activation)
+        dice = soft_dice(to_probabilities(logits, activation=activation), target, valid.unsqueeze(1)).mean()
     return {"ce": ce, "dice": dice}
+
+
+def cross_entropy_loss(
+    logits: Tensor, mask: Tensor, *, activation: str = "softmax", ignore_index: int = 255
+) -> Tensor:
+    """The "ce" of segmentation_losses alone: the mean over the pixels that count, 0 where there are none."""
+    check_mask(logits, mask, ignore_index)
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = logits.float()
+        valid = mask != ignore_index
+        ids = torch.where(valid, mask, 0).long()
+        return _cross_entropy(logits, ids, None, valid, activation)
+
+
+def _cross_entropy(
+    logits: Tensor, ids: Tensor, target: Tensor | None, valid: Tensor, activation: str
+) -> Tensor:
+    """`target`: the ids one-hot, where they are at hand."""
+    if activation == "softmax" and logits.shape[1] > 1:
+        ce = F.cross_entropy(logits, ids, reduction="none")
+    else:
+        target = one_hot(ids, logits.shape[1]).to(logits.dtype) if target is None else target
+        ce = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
+    return torch.where(valid, ce, 0).sum() / valid.sum().clamp(min=1)
+
+
+def decoder_losses(
+    logits: Tensor, aux: Tensor | None, mask: Tensor, *, aux_weight: float, activation: str
+) -> dict[str, Tensor]:
+    """L_da of KTDA (eqs. 4 and 5): {"ce": cross entropy} of `logits`, and {"aux": `aux_weight` times that of
+    `aux`}, the auxiliary head's logits, where there are any; both (B, K, H, W), the size of `mask`."""
+    terms = {"ce": cross_entropy_loss(logits, mask, activation=activation)}
+    if aux is not None:
+        terms["aux"] = aux_weight * cross_entropy_loss(aux, mask, activation=activation)
+    return terms
+
+
+def to_probabilities(logits: Tensor, *, activation: str) -> Tensor:
+    """(B, K, H, W) logits → float32 probabilities in [0, 1]; they sum to 1 only under softmax and K > 1."""
+    if activation == "softmax" and logits.shape[1] > 1:
+        return logits.float().softmax(dim=1)
+    return logits.float().sigmoid()
+
+
+def one_hot(ids: Tensor, classes: int) -> Tensor:
+    """(B, H, W) class ids → (B, K, H, W) of 0 and 1, laid out as logits are; K = 1 takes the ids as they
+    are."""
+    ids = ids.unsqueeze(1)
+    return ids if classes == 1 else ids == torch.arange(classes, device=ids.device)[:, None, None]
 
 
 def soft_dice(probabilities: Tensor, target: Tensor, valid: Tensor, *, smooth: float = 1.0) -> Tensor:

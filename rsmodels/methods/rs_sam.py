@@ -16,7 +16,7 @@ from rsmodels.heads.mprm import HybridFeatureFusion, MaskFeatureFusion
 from rsmodels.heads.multiscale_neck import MultiScaleNeck
 from rsmodels.heads.sam_decoder import RandomPositionEncoding, TwoWayTransformer, make_upscaling
 from rsmodels.layers import image_size_pair, make_neck
-from rsmodels.methods.losses import ACTIVATIONS, segmentation_losses
+from rsmodels.methods.losses import ACTIVATIONS, segmentation_losses, to_probabilities
 from rsmodels.registry import ENCODERS, Preprocessing, register_method, register_model
 from rsmodels.weights import LoadReport, SamCheckpoint, load_encoder, load_part, read_sam
 
@@ -169,20 +169,23 @@ class RSSAM(nn.Module):
         """The neck's maps: (B, C, ·, ·) at 1/4, 1/8, 1/16 and 1/32, or at 1/16 alone without the neck."""
         return self._encode(images)[0]
 
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weighted terms of eq. (7), to be summed: {"ce": 0.2·CE, "dice": 0.8·Dice}.
+    def losses_and_logits(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Weighted terms of eq. (7), to be summed, {"ce": 0.2·CE, "dice": 0.8·Dice}, and their logits.
 
         Args:
             batch: "image" (B, C, H, W), normalised, and "mask" (B, H, W), class ids and 255 = ignore.
         """
-        terms = segmentation_losses(self(batch["image"]), batch["mask"], activation=self.activation)
-        return {"ce": CE_WEIGHT * terms["ce"], "dice": DICE_WEIGHT * terms["dice"]}
+        logits = self(batch["image"])
+        terms = segmentation_losses(logits, batch["mask"], activation=self.activation)
+        return {"ce": CE_WEIGHT * terms["ce"], "dice": DICE_WEIGHT * terms["dice"]}, logits
+
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The terms of losses_and_logits."""
+        return self.losses_and_logits(batch)[0]
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(B, K, H, W) logits → probabilities in [0, 1]; they sum to 1 only under softmax."""
-        if self.activation == "softmax" and self.num_classes > 1:
-            return logits.float().softmax(dim=1)
-        return logits.float().sigmoid()
+        return to_probabilities(logits, activation=self.activation)
 
     def merge_lora(self) -> None:
         """Fold LoRA into the encoder's weights for inference; `unmerge_lora()` and `train()` undo it."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import rskernels
 from rskernels import tuning
@@ -20,6 +23,8 @@ from rsmodels.training.checkpoint import newest_first
 from rsmodels.training.config import OptimConfig, TrainConfig, run_of
 from rsmodels.training.parallel import Ranks, start_moments
 from rsmodels.training.sampler import Purpose, derive_seed, seed_everything
+from rsmodels.training.schedule import learning_rate
+from rsmodels.training.teacher import FrozenTeacher
 
 LARGEST_DEFAULT_SIZE = 512  # pixels; the paper's largest input
 MEASURED_TILES = 256
@@ -98,14 +103,21 @@ def number_of_steps(config: TrainConfig, tiles: int) -> int:
     return math.ceil(config.epochs * tiles / config.batch_size)
 
 
-def warmup_steps(config: TrainConfig, steps: int) -> int:
-    """Steps of warm-up in a run of `steps`."""
-    warmup = config.optim.warmup
-    if warmup is None:
-        return min(250, steps // 10)
-    if warmup >= steps:
+def schedule(config: TrainConfig, steps: int) -> Callable[[int], float]:
+    """The learning rate of every step (counted from 0) of a run of `steps`."""
+    optim = config.optim
+    assert optim.lr is not None  # resolved
+    warmup = min(250, steps // 10) if optim.warmup is None else optim.warmup
+    if optim.warmup is not None and warmup >= steps:
         raise ValueError(f"--optim.warmup {warmup} must be shorter than the run, which has {steps} steps")
-    return warmup
+    return partial(
+        learning_rate,
+        base=optim.lr,
+        steps=steps,
+        warmup=warmup,
+        power=optim.power,
+        start=optim.warmup_start,
+    )
 
 
 def reader_processes() -> int:
@@ -170,10 +182,40 @@ def measure_statistics(
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
+@torch.no_grad()
+def check_share(model: Any, config: TrainConfig, share: int) -> None:
+    """A pass of one tile in which a batch norm of `model` sees one value per channel is a ValueError: it has
+    no variance to normalise by. UPerNet pools to such maps."""
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    if share > 1 or not norms:
+        return
+    starved: list[str] = []
+
+    def look(name: str, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            starved.append(name)
+
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs))
+        for name, module in norms.items()
+    ]
+    model.eval()(torch.zeros(1, len(model.preprocessing.mean), *model.image_size))
+    model.train()
+    for hook in hooks:
+        hook.remove()
+    if starved:
+        raise ValueError(
+            f"--batch-size {config.batch_size} leaves one tile for each rank and pass, and the batch norm "
+            f"{starved[0]} of {config.model} cannot train on one value per channel; choose a larger "
+            "--batch-size, a smaller --accumulate, or fewer ranks"
+        )
+
+
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over what is trainable; norms and biases (vectors) do not decay."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
+    assert config.lr is not None  # resolved
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
@@ -182,19 +224,20 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     return optimizer
 
 
-def identity(model: Any, dataset: SegmentationDataset) -> dict[str, Any]:
+def identity(model: Any, dataset: SegmentationDataset, teacher: FrozenTeacher | None) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that resumes from it, as JSON has it."""
     described = {
         "model": model.model_name,
         "arguments": model.arguments,
         "classes": dataset.schema.classes,
         "bands": dataset.bands,
+        "teacher": teacher and teacher.record,
     }
     return json.loads(json.dumps(described))
 
 
 def check_same_model(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """A checkpoint of another model, or of other classes or bands, is a ValueError."""
+    """A checkpoint of another model, of other classes or bands, or of another teacher is a ValueError."""
     for key in now:
         if before.get(key) != now[key]:
             raise ValueError(

@@ -16,25 +16,34 @@ import yaml
 
 from rsmodels import files
 from rsmodels.data import list_datasets
-from rsmodels.registry import METHODS, model_for_method
+from rsmodels.registry import METHODS, TEACHER_OF, TEACHERS, model_for_method
 
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule. The defaults are the published values of RS-SAM's baseline, SAM LoRA."""
+    """AdamW and its schedule. What is left open is the method's (see registry.Method), or else PUBLISHED."""
 
-    lr: float = 5e-3
-    """Learning rate after the warm-up."""
+    lr: float | None = None
+    """Learning rate after the warm-up (default: the method's: 5e-3 for rs-sam and sam-lora, 1e-3 for
+    ktda)."""
     warmup: int | None = None
     """Steps of linear warm-up (default: 250, or a tenth of a run shorter than 2,500 steps)."""
+    warmup_start: float | None = None
+    """Learning rate of the first step of warm-up, as a share of --optim.lr (default: the method's: 1e-3 for
+    ktda; else one over the steps of warm-up)."""
     power: float = 0.9
     """Exponent of the polynomial decay to zero."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and convolutions; norms and biases have none."""
+    weight_decay: float | None = None
+    """Decoupled weight decay of matrices and convolutions; norms and biases have none (default: the method's:
+    0.1 for rs-sam and sam-lora, 0.01 for ktda)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's two averaging factors."""
     clip: float = 1.0
     """Largest global gradient norm; 0 leaves gradients as they are."""
+
+
+# The published values of RS-SAM's baseline, SAM LoRA, for methods that name none of their own.
+PUBLISHED: dict[str, Any] = {"lr": 5e-3, "weight_decay": 0.1}
 
 
 @dataclass
@@ -56,14 +65,26 @@ class TrainConfig:
     """One training run."""
 
     method: str = "rs-sam"
-    """Training recipe of a paper: rs-sam, or sam-lora, its baseline."""
+    """Training recipe of a paper: rs-sam, or sam-lora, its baseline; ktda."""
     model: str | None = None
-    """Size (tiny, vit_b, vit_l, vit_h) or a full name as `rsmodels models` lists them (default: tiny for
-    synthetic data, vit_b for any other)."""
+    """Size (tiny, vit_b, vit_l, vit_h; convnext_b for ktda) or a full name as `rsmodels models` lists them
+    (default: tiny for synthetic data, the paper's for any other)."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments for the model, for example --model-args.mff false."""
     pretrained: str | None = None
     """Checkpoint of the encoder to start from, for example sam_vit_b_01ec64.pth (default: random weights)."""
+
+    teacher: str | None = None
+    """Frozen encoder that ktda learns from, such as dinov2_vit_b (default: the one the model is made for)."""
+    teacher_weights: str | None = None
+    """Checkpoint of the teacher, for example dinov2_vitb14_pretrain.pth (default: random weights)."""
+    teacher_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments for the teacher, for example --teacher-args.registers 4."""
+    teacher_fit: Literal["pad", "resize"] = "pad"
+    """How images get to a multiple of the teacher's patch: zeros at the bottom and right, or stretched."""
+    teacher_cache: str | None = None
+    """Folder to keep the teacher's maps in, a file per tile, for tiles that are neither cropped nor augmented
+    at random; runs may share it (default: none is kept)."""
 
     data: str = "synthetic"
     """Name of the data set."""
@@ -126,12 +147,16 @@ class TrainConfig:
     """Show the traceback of an error."""
 
 
+TEACHER_OPTIONS = ("teacher", "teacher_weights", "teacher_args", "teacher_fit", "teacher_cache")
+
+
 def resolve(config: TrainConfig) -> TrainConfig:
     """Check everything that needs no file and fill in what follows from names; ValueError in one line."""
     _check_choice("--method", config.method, METHODS)
     _check_choice("--data", config.data, list_datasets())
+    method = METHODS[config.method]
     model = model_for_method(
-        config.method, config.model or ("tiny" if config.data == "synthetic" else "vit_b")
+        config.method, config.model or ("tiny" if config.data == "synthetic" else method.variant)
     )
     if config.data != "synthetic" and config.root is None:
         raise ValueError(f"--data {config.data} needs --root: the folder that holds the data set")
@@ -141,15 +166,60 @@ def resolve(config: TrainConfig) -> TrainConfig:
                 "comes from the data set" if name == "num_classes" else f"has its own option, {_option(name)}"
             )
             raise ValueError(f"--model-args.{name}: {where}")
+    published = {**PUBLISHED, **method.optim}
+    open_fields = {name: value for name, value in published.items() if getattr(config.optim, name) is None}
+    config = replace(config, optim=replace(config.optim, **open_fields))
     _check_numbers(config)
     _check_parallel(config)
+    teacher = _teacher(config, model)
     epochs = config.epochs
     if config.steps is not None:
         epochs = None  # one length in config.yaml, the one that counts
     elif epochs is None:
         epochs = 5.0 if config.data == "synthetic" else 200.0
     run_dir = config.run_dir or run_of(config.resume) or f"runs/{config.data}-{model}"
-    return replace(config, model=model, epochs=epochs, run_dir=run_dir)
+    return replace(config, model=model, teacher=teacher, epochs=epochs, run_dir=run_dir)
+
+
+def _teacher(config: TrainConfig, model: str) -> str | None:
+    """The teacher's name, and whether what is said of it makes sense."""
+    own = TEACHER_OF.get(model)
+    if own is None:
+        untouched = TrainConfig()
+        given = [name for name in TEACHER_OPTIONS if getattr(config, name) != getattr(untouched, name)]
+        if given:
+            learning = [
+                name
+                for name, method in sorted(METHODS.items())
+                if any(student.startswith(f"{method.family}_") for student in TEACHER_OF)
+            ]
+            raise ValueError(
+                f"{_option(given[0])} {getattr(config, given[0])}: {model} learns from no teacher; leave it "
+                f"out, or choose --method {' or '.join(learning)}"
+            )
+        return None
+    teacher = config.teacher or own
+    _check_choice("--teacher", teacher, TEACHERS)
+    for name in ("name", "image_size", "fit", "pretrained"):
+        if name in config.teacher_args:
+            raise ValueError(
+                f"--teacher-args.{name}: has its own option: --teacher, --image-size, --teacher-fit or "
+                "--teacher-weights"
+            )
+    random = [name for name in ("flip", "photometric") if getattr(config.loader, name)]
+    if config.teacher_cache is not None and random:
+        raise ValueError(
+            f"--teacher-cache {config.teacher_cache}: --loader.{random[0]} changes tiles at random, so that "
+            "no image comes twice and the cache would only fill the disk; leave one of them out"
+        )
+    return teacher
+
+
+def unused_length(config: TrainConfig) -> list[str]:
+    """What to say of two lengths, as from a recipe's epochs and the command line's --steps."""
+    if config.steps is None or config.epochs is None:
+        return []
+    return [f"--steps {config.steps} sets the length; --epochs {config.epochs:g} is not used"]
 
 
 def run_of(resume: str | None) -> str | None:
@@ -195,6 +265,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "seed": config.seed,
         "num_workers": config.num_workers,
         "optim.warmup": config.optim.warmup,
+        "optim.warmup_start": config.optim.warmup_start,
         "optim.power": config.optim.power,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.clip": config.optim.clip,
@@ -205,6 +276,10 @@ def _check_numbers(config: TrainConfig) -> None:
     for name, value in at_least_zero.items():
         if value is not None and not value >= 0:
             raise ValueError(f"{_option(name)} must be 0 or more, not {value}")
+    if config.optim.warmup_start is not None and config.optim.warmup_start > 1:
+        raise ValueError(
+            f"--optim.warmup-start is a share of --optim.lr, at most 1, not {config.optim.warmup_start}"
+        )
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ValueError(f"--optim.betas must lie in [0, 1), not {list(config.optim.betas)}")
     if config.bands is not None and (not config.bands or min(config.bands) < 1):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
@@ -42,6 +43,16 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Replace floating-point `tensors` of one dtype by their mean over all ranks, with the same bits on
+        every rank."""
+        if self.world == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        parts = (self.sum(flat) / self.world).split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank."""
@@ -125,13 +136,8 @@ class LossModule(nn.Module):
 
     def forward(self, batch: dict[str, Any], with_logits: bool = False) -> Any:
         """The loss terms of `batch`; for validation also the logits, as a pair."""
-        if not with_logits:
-            return self.model.losses(batch)
-        # Most losses call the model itself: look over its shoulder rather than compute the logits twice.
-        seen: list[Tensor] = []
-        with self.model.register_forward_hook(lambda module, inputs, output: seen.append(output)):
-            terms = self.model.losses(batch)
-        return terms, seen[0] if seen else self.model(batch["image"])
+        terms, logits = self.model.losses_and_logits(batch)
+        return (terms, logits) if with_logits else terms
 
 
 def check_mode(mode: str, world: int, shard_size: int | None = None) -> None:
@@ -160,7 +166,10 @@ def parallelize(model: Any, ranks: Ranks, *, mode: str, shard_size: int | None =
     if mode == "ddp":
         devices = [ranks.device] if ranks.device.type == "cuda" else None
         # An ablation may leave parts of a decoder without influence on the loss; DDP must be told to look.
-        return DistributedDataParallel(module, device_ids=devices, find_unused_parameters=True)
+        # Buffers are left to the trainer, which averages them (see running_statistics).
+        return DistributedDataParallel(
+            module, device_ids=devices, find_unused_parameters=True, broadcast_buffers=False
+        )
     if mode == "fsdp":
         mesh = init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("shard",))
     else:
@@ -201,6 +210,12 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     if max_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+def running_statistics(model: nn.Module) -> list[Tensor]:
+    """The running means and variances of the batch norms of `model`: every rank updates its own."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return [value for norm in norms for value in (norm.running_mean, norm.running_var) if value is not None]
 
 
 def start_moments(optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     AUGMENT = 2
     STEP = 3
     VALIDATION = 4
+    TEACHER = 5
 
 
 class Sample(NamedTuple):

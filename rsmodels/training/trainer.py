@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +32,14 @@ from rsmodels.files import hold_folder
 from rsmodels.registry import Preprocessing, save_model
 from rsmodels.training import build
 from rsmodels.training.checkpoint import Checkpoints, DamagedCheckpointError, candidates
-from rsmodels.training.config import TrainConfig, changed_options, resolve, to_dict, write_config
+from rsmodels.training.config import (
+    TrainConfig,
+    changed_options,
+    resolve,
+    to_dict,
+    unused_length,
+    write_config,
+)
 from rsmodels.training.loader import Tiles, batches, make_loader
 from rsmodels.training.log import RunLog, peak_memory_gib
 from rsmodels.training.parallel import (
@@ -43,9 +51,10 @@ from rsmodels.training.parallel import (
     gradient_sync,
     parallelize,
     processes,
+    running_statistics,
 )
 from rsmodels.training.sampler import Purpose, ShardSampler, StepSampler, derive_seed, seed_everything
-from rsmodels.training.schedule import learning_rate
+from rsmodels.training.teacher import build_teacher, describe_teacher
 
 
 class NonFiniteLossError(FloatingPointError, ValueError):
@@ -76,7 +85,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
         self.ranks = ranks
         with ranks.together():
-            notes = _unused_length(config)
+            notes = unused_length(config)
             self.config = config = resolve(config)
             mode = config.parallel or ("fsdp" if ranks.world > 1 else "none")
             check_mode(mode, ranks.world, config.shard_size)
@@ -91,9 +100,13 @@ class Trainer:
             self.report_split, no_test = build.report_split(config) if config.report else ("test", "")
             self.share = build.share_of_batch(config, ranks.world)
             self.steps = build.number_of_steps(config, len(self.train_set))
-            self.warmup = build.warmup_steps(config, self.steps)
+            self.learning_rate = build.schedule(config, self.steps)
             self.validate_every = config.validate_every or max(1, len(self.train_set) // config.batch_size)
             self.model = build.build_model(config, self.train_set, resuming=bool(resume_from))
+            build.check_share(self.model, config, self.share)
+            self.teacher = build_teacher(config, self.model, self.train_set, ranks.device, self.dtype)
+            notes += describe_teacher(config, self.teacher)
+            self.identity = build.identity(self.model, self.train_set, self.teacher)
         if config.loader.normalize == "dataset" and not resume_from:
             mean, std = build.measure_statistics(self.train_set, ranks)
             self.model.preprocessing = Preprocessing(mean, std, self.train_set.bands)
@@ -103,6 +116,7 @@ class Trainer:
 
         self.net = parallelize(self.model, ranks, mode=mode, shard_size=config.shard_size)
         self.optimizer = build.make_optimizer(self.model, config.optim)
+        self.statistics = running_statistics(self.model)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.checkpoints = Checkpoints(self.folder, ranks, keep=config.keep_checkpoints)
         self.first_step = 0
@@ -152,9 +166,7 @@ class Trainer:
             try:
                 state = self.checkpoints.read_state(path)
                 with self.ranks.together():
-                    build.check_same_model(
-                        path, state["identity"], build.identity(self.model, self.train_set)
-                    )
+                    build.check_same_model(path, state["identity"], self.identity)
                 self.checkpoints.load(path, self.model, self.optimizer, state["step"])
             except DamagedCheckpointError as error:
                 notes.append(f"{error}; taking the checkpoint before it")
@@ -177,7 +189,7 @@ class Trainer:
     def _state(self) -> dict[str, Any]:
         """What a checkpoint holds besides tensors."""
         return {
-            "identity": build.identity(self.model, self.train_set),
+            "identity": self.identity,
             "best": self.best,
             "base_weights": self.model.base_weights,
             "preprocessing": vars(self.model.preprocessing),
@@ -222,12 +234,11 @@ class Trainer:
         losses: list[Tensor] = []
         names: list[str] = []
         for part in range(config.accumulate):
-            with self.ranks.together():
-                batch = next(self.batches)
+            batch = self._next(self.batches)
             names += batch["name"]
             with gradient_sync(self.net, part == config.accumulate - 1):
                 with self._autocast():
-                    terms = self.net(self._on_device(batch))
+                    terms = self.net(batch)
                 loss = torch.stack(list(terms.values())).sum() / config.accumulate
                 loss.backward()
             losses.append(loss.detach())
@@ -235,9 +246,11 @@ class Trainer:
                 self.terms[name] = self.terms.get(name, 0) + value.detach() / config.accumulate
         norm = clip_gradients(self.parameters, config.optim.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(step)
+            group["lr"] = self.learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        # In every step, so that they do not depend on when a checkpoint or a validation comes.
+        self.ranks.average(self.statistics)
         self.unseen.append((step, names, torch.stack([torch.stack(losses).sum(), norm])))
 
     def _look(self, done: int) -> None:
@@ -258,7 +271,7 @@ class Trainer:
             {
                 "loss": sum(means),
                 **dict(zip((f"loss_{name}" for name in self.terms), means, strict=True)),
-                "lr": self._learning_rate(done - 1),
+                "lr": self.learning_rate(done - 1),
                 "grad_norm": values[-1, 1].item(),
                 "images_per_second": count * self.config.batch_size / seconds,
                 "memory_gib": peak_memory_gib(self.ranks.device),
@@ -289,9 +302,7 @@ class Trainer:
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         stream = batches(self.val_loader)
         for _ in range(len(self.val_loader)):
-            with self.ranks.together():
-                batch = next(stream)
-            batch = self._on_device(batch)
+            batch = self._next(stream)
             with self._autocast():
                 terms, logits = self.net(batch, with_logits=True)
             labelled = (batch["mask"] != IGNORE).sum()
@@ -329,6 +340,7 @@ class Trainer:
                 "validation_loss": self.best["loss"],
                 "validation_mean_iou": mean_iou,
                 "seed": self.config.seed,
+                "teacher": self.teacher and self.teacher.record,
                 "kernels": build.kernel_record(self.ranks.world),
             },
         }
@@ -355,20 +367,20 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------- small helpers
 
-    def _on_device(self, batch: Batch) -> Batch:
-        """Images normalised for the model, both tensors on this rank's device."""
-        device = self.ranks.device
-        images = batch["image"].to(device, non_blocking=True)
-        mask = batch["mask"].to(device, non_blocking=True)
-        return {**batch, "image": self.model.preprocessing.normalize(images), "mask": mask}
+    def _next(self, stream: Iterator[Batch]) -> Batch:
+        """The next batch on this rank's device: images normalised for the model, and their teacher's maps."""
+        device, preprocessing = self.ranks.device, self.model.preprocessing
+        with self.ranks.together():
+            batch = next(stream)
+            images = preprocessing.normalize(batch["image"].to(device, non_blocking=True))
+            ready = {**batch, "image": images, "mask": batch["mask"].to(device, non_blocking=True)}
+            if self.teacher is not None:
+                ready["teacher"] = self.teacher(images, batch["image"], preprocessing)
+            return ready
 
     def _autocast(self) -> torch.autocast:
         enabled = self.dtype != torch.float32
         return torch.autocast(self.ranks.device.type, self.dtype if enabled else None, enabled=enabled)
-
-    def _learning_rate(self, step: int) -> float:
-        optim = self.config.optim
-        return learning_rate(step, base=optim.lr, steps=self.steps, warmup=self.warmup, power=optim.power)
 
     def _way_back(self) -> str:
         last = next(iter(candidates("auto", self.folder)), None)
@@ -384,10 +396,3 @@ class Trainer:
             f"for validation, {self.steps} steps of {config.batch_size} tiles on {self.ranks.world} rank(s); "
             f"{trained / 1e6:.2f} M of {total / 1e6:.2f} M parameters are trained; run folder {self.folder}"
         )
-
-
-def _unused_length(config: TrainConfig) -> list[str]:
-    """What to say of two lengths, as from a recipe's epochs and the command line's --steps."""
-    if config.steps is None or config.epochs is None:
-        return []
-    return [f"--steps {config.steps} sets the length; --epochs {config.epochs:g} is not used"]

@@ -48,8 +48,13 @@ def build_model(name: str) -> tuple[nn.Module, Callable[[], tuple[Tensor, Tensor
     torch.manual_seed(0)
     model = spread_lora(rsmodels.create_model(name, num_classes=3, image_size=SIZE)).train()
     data = {"image": torch.randn(2, 3, SIZE, SIZE), "mask": torch.randint(0, 3, (2, SIZE, SIZE))}
+    if getattr(model, "transfers", False):
+        data["teacher"] = [torch.randn(2, model.teacher_dim, *model.grid_size) for _ in range(4)]
+
+    first = {name: value.clone() for name, value in model.state_dict().items()}
 
     def run() -> tuple[Tensor, Tensor]:
+        model.load_state_dict(first)  # batch norms remember what they have seen
         logits = model(data["image"])
         with torch.no_grad():
             model.eval()

@@ -202,6 +202,19 @@ def test_without_lora() -> None:
     assert all(p.requires_grad for p in tiny(lora_rank=0, freeze_encoder=False).parameters())
 
 
+@pytest.mark.parametrize("name", ["rs_sam_tiny", "sam_lora_tiny"])
+@pytest.mark.parametrize("freeze", [True, False])
+def test_frozen_encoder(name: str, freeze: bool) -> None:
+    model = tiny(name, freeze_encoder=freeze)
+    trains = {n for n, p in model.encoder.named_parameters() if p.requires_grad}
+    lora = {n for n, _ in model.encoder.named_parameters() if ".lora_" in n}
+    carries_lora = {
+        n for n, _ in model.encoder.named_parameters() if n.endswith((".qkv.weight", ".qkv.bias"))
+    }
+    everything = {n for n, _ in model.encoder.named_parameters()}
+    assert lora and trains == (lora if freeze else everything - carries_lora)
+
+
 def test_merged_model_predicts_the_same() -> None:
     model = tiny().eval()
     for block in model.encoder.blocks:

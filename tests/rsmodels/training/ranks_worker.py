@@ -19,7 +19,7 @@ from conftest import small_config
 
 from rskernels import tuning
 from rsmodels.data import SyntheticEarth
-from rsmodels.training.trainer import train
+from rsmodels.training.trainer import Trainer, train
 
 
 def die_in_step(number: int) -> None:
@@ -47,6 +47,25 @@ def poison(name: str) -> None:
     SyntheticEarth.__getitem__ = reading  # type: ignore[method-assign]
 
 
+def watch_teachers() -> None:
+    """Let every rank note what a run did to its teacher, in the run's folder."""
+    run = Trainer.run
+
+    def watching(self: Trainer) -> None:
+        run(self)
+        if self.teacher is not None:
+            network = self.teacher.network
+            gradients = sum(parameter.grad is not None for parameter in network.parameters())
+            seen = {
+                "before": self.teacher.record["sha256"],
+                "after": network.sha256(),
+                "gradients": gradients,
+            }
+            (self.folder / f"teacher-{self.ranks.rank}.json").write_text(json.dumps(seen))
+
+    Trainer.run = watching  # type: ignore[method-assign]
+
+
 def products() -> list[Any]:
     """The table of every rank."""
     tables: list[Any] = [None] * dist.get_world_size()
@@ -57,6 +76,7 @@ def products() -> list[Any]:
 if __name__ == "__main__":
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")  # one group for all jobs
+    watch_teachers()
     for job in json.loads(sys.argv[1]):
         if "die_in_step" in job:
             die_in_step(job.pop("die_in_step"))

@@ -42,7 +42,7 @@ class Model(nn.Module):
 
 def trained(seed: int, steps: int = 0) -> tuple[Model, torch.optim.AdamW]:
     model = Model(seed)
-    optimizer = make_optimizer(model, OptimConfig(lr=0.01))
+    optimizer = make_optimizer(model, OptimConfig(lr=0.01, weight_decay=0.1))
     generator = torch.Generator().manual_seed(9)
     for _ in range(steps):
         model(torch.randn(8, 6, generator=generator)).square().sum().backward()

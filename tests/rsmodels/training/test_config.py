@@ -37,10 +37,31 @@ def run(config: TrainConfig) -> int:
         ({"optim": OptimConfig(lr=-1e-3)}, "--optim.lr must be above 0"),
         ({"optim": OptimConfig(lr=float("nan"))}, "--optim.lr must be above 0, not nan"),
         ({"optim": OptimConfig(weight_decay=-0.1)}, "--optim.weight-decay must be 0 or more"),
+        (
+            {"optim": OptimConfig(warmup_start=1.5)},
+            "--optim.warmup-start is a share of --optim.lr, at most 1",
+        ),
+        ({"optim": OptimConfig(warmup_start=-0.1)}, "--optim.warmup-start must be 0 or more"),
         ({"optim": OptimConfig(betas=(0.9, 1.0))}, "--optim.betas must lie in [0, 1)"),
         ({"bands": (0, 1)}, "--bands count from 1"),
         ({"device": "gpu"}, "--device 'gpu' is not known"),
         ({"shard_size": 2, "parallel": "fsdp"}, "--shard-size 2 belongs to --parallel hsdp"),
+        (
+            {"teacher": "dinov2_vit_b"},
+            "--teacher dinov2_vit_b: rs_sam_tiny learns from no teacher; leave it out",
+        ),
+        ({"teacher_cache": "maps"}, "--teacher-cache maps: rs_sam_tiny learns from no teacher"),
+        ({"teacher_fit": "resize", "method": "sam-lora"}, "or choose --method ktda"),
+        (
+            {"method": "ktda", "teacher": "dinov2_vitb"},
+            "--teacher 'dinov2_vitb' is not known; did you mean dinov2_vit_b?",
+        ),
+        ({"method": "ktda", "teacher": "sam_vit_b"}, "choose one of dinov2_vit_b, dinov2_vit_g"),
+        ({"method": "ktda", "teacher_args": {"fit": "pad"}}, "--teacher-args.fit: has its own option"),
+        (
+            {"method": "ktda", "teacher_cache": "maps", "loader": LoaderConfig(flip=True)},
+            "--teacher-cache maps: --loader.flip changes tiles at random",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(options: dict[str, Any], expected: str) -> None:
@@ -59,6 +80,31 @@ def test_defaults_train_the_tiny_model_on_synthetic_data() -> None:
 def test_real_data_gets_the_papers_model_and_length() -> None:
     config = resolve(TrainConfig(method="sam-lora", data="whdld", root="/data"))
     assert (config.model, config.epochs) == ("sam_lora_vit_b", 200.0)
+
+
+@pytest.mark.parametrize(
+    "options, model, teacher",
+    [
+        ({}, "ktda_tiny", "dinov2_vit_tiny"),
+        ({"data": "whdld", "root": "/data"}, "ktda_convnext_b", "dinov2_vit_b"),
+        ({"model": "convnext_b", "teacher": "dinov2_vit_l"}, "ktda_convnext_b", "dinov2_vit_l"),
+    ],
+)
+def test_a_student_gets_the_teacher_it_is_made_for(options: Any, model: str, teacher: str) -> None:
+    config = resolve(TrainConfig(method="ktda", **options))
+    assert (config.model, config.teacher) == (model, teacher)
+    assert resolve(config) == config, "what is written into config.yaml replays"
+
+
+def test_what_is_left_open_of_the_optimiser_is_the_methods() -> None:
+    def settings(**options: Any) -> tuple[Any, ...]:
+        optim = resolve(TrainConfig(**options)).optim
+        return optim.lr, optim.weight_decay, optim.power, optim.warmup_start
+
+    assert settings() == settings(method="sam-lora") == (5e-3, 0.1, 0.9, None)
+    assert settings(method="ktda") == (1e-3, 0.01, 0.9, 1e-3)
+    own = OptimConfig(lr=6e-4, weight_decay=0.0, warmup_start=0.5)
+    assert settings(method="ktda", optim=own) == (6e-4, 0.0, 0.9, 0.5)
 
 
 def test_steps_win_over_epochs(tmp_path: Any) -> None:
@@ -129,5 +175,5 @@ def test_every_option_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> Non
 def test_changed_options_names_nested_ones() -> None:
     before = to_dict(TrainConfig(steps=5))
     after = to_dict(TrainConfig(steps=9, optim=OptimConfig(lr=0.1)))
-    assert changed_options(before, after) == {"optim.lr": (0.005, 0.1), "steps": (5, 9)}
+    assert changed_options(before, after) == {"optim.lr": (None, 0.1), "steps": (5, 9)}
     assert asdict(TrainConfig()).keys() == before.keys()

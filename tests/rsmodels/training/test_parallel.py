@@ -17,6 +17,7 @@ from rsmodels.training.parallel import (
     check_mode,
     clip_gradients,
     processes,
+    running_statistics,
 )
 
 CPU = torch.device("cpu")
@@ -27,6 +28,20 @@ def test_together_raises_the_error_of_a_lone_process() -> None:
         raise ValueError("mine")
 
 
+def check_averages(ranks: Ranks) -> None:
+    norm = nn.BatchNorm1d(2)
+    norm(torch.tensor([[0.0, 1.0], [2.0, 9.0]]) * (ranks.rank + 1))
+    statistics = running_statistics(nn.Sequential(norm, nn.BatchNorm1d(3, track_running_stats=False)))
+    before = ranks.gather([value.clone() for value in statistics])
+    ranks.average(statistics)
+    assert len(statistics) == 2 and statistics[0] is norm.running_mean
+    for index, averaged in enumerate(ranks.gather(statistics)[0]):
+        assert torch.equal(averaged, statistics[index]), "the same bits on every rank"
+        everybodys = torch.stack([values[index] for values in before])
+        assert not torch.equal(everybodys[0], everybodys[1])
+        torch.testing.assert_close(averaged, everybodys.mean(0))
+
+
 def rank_of_three(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
     ranks = Ranks(rank, 3, CPU)
@@ -35,6 +50,7 @@ def rank_of_three(rank: int, folder: str) -> None:
         pass  # nobody fails: all go on
     assert ranks.gather(rank) == [0, 1, 2] and ranks.any(rank == 2) and not ranks.any(False)
     assert ranks.from_main(lambda: f"of rank {rank}") == "of rank 0"
+    check_averages(ranks)
     try:
         with ranks.together():
             if rank > 0:
@@ -46,7 +62,7 @@ def rank_of_three(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_together_lets_one_rank_speak_and_stops_the_others(tmp_path: Path) -> None:
+def test_ranks_average_and_one_speaks_for_those_that_fail(tmp_path: Path) -> None:
     mp.spawn(rank_of_three, args=(str(tmp_path),), nprocs=3)
     said = [(tmp_path / f"rank{rank}.txt").read_text() for rank in range(3)]
     assert said == ["exit 2", "rank 1 failed", "exit 2"]
@@ -101,28 +117,30 @@ def test_interrupt_works_outside_the_main_thread() -> None:
 
 
 class Counting(nn.Module):
-    """Counts its forward passes; `calls_itself` says whether its losses need one."""
+    """Counts its passes."""
 
-    def __init__(self, calls_itself: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.calls_itself, self.passes = calls_itself, 0
+        self.passes = 0
 
-    def forward(self, images: Tensor) -> Tensor:
+    def losses_and_logits(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         self.passes += 1
-        return images * 2
-
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"a": (self(batch["image"]) if self.calls_itself else batch["image"]).sum()}
+        logits = batch["image"] * 2
+        return {"a": logits.sum()}, logits
 
 
-@pytest.mark.parametrize("calls_itself", [True, False])
-def test_validation_gets_logits_in_one_pass(calls_itself: bool) -> None:
-    model = Counting(calls_itself)
+def test_validation_gets_logits_in_one_pass() -> None:
+    model = Counting()
     batch = {"image": torch.ones(1, 3, 4, 4)}
     terms, logits = LossModule(model)(batch, with_logits=True)
     assert torch.equal(logits, batch["image"] * 2) and model.passes == 1
-    assert terms.keys() == LossModule(model)(batch).keys()
-    assert not model._forward_hooks
+    assert terms == LossModule(model)(batch)
+
+
+def test_one_process_has_nothing_to_average() -> None:
+    values = torch.tensor([0.1, 0.2])
+    Ranks(0, 1, CPU).average([values])
+    assert torch.equal(values, torch.tensor([0.1, 0.2]))
 
 
 def test_clip_returns_the_norm_before_and_leaves_small_gradients() -> None:

@@ -1,5 +1,6 @@
 """Every recipe parses, validates, builds its model, and takes one step with the tiny variant swapped in."""
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rsmodels.training.config import LoaderConfig, TrainConfig, resolve
 from rsmodels.training.trainer import train
 
 RECIPES = sorted((Path(rsmodels.__file__).parent / "recipes").glob("*.yaml"))
-CLASSES = {"deepglobe": 1, "whu-aerial": 1, "whdld": 6, "synthetic": 6}
+CLASSES = {"deepglobe": 1, "whu-aerial": 1, "whdld": 6, "grass": 5, "l8-biome": 4, "synthetic": 6}
 
 
 def run(config: TrainConfig) -> int:
@@ -20,6 +21,7 @@ def run(config: TrainConfig) -> int:
     return 0
 
 
+@functools.cache
 def read(recipe: Path) -> TrainConfig:
     return parse("train", "train", run, ["--config", str(recipe)])
 
@@ -63,13 +65,16 @@ def test_recipe_takes_a_step_with_the_tiny_model(recipe: Path, tmp_path: Path) -
     assert (train(config) / "best" / "model.safetensors").is_file()
 
 
-def test_the_papers_tables_are_all_there() -> None:
-    """Three data sets by two methods; the rows of Tables 5 and 6; ViT-L of Table 7."""
-    found = {
+def experiments(*methods: str) -> set[tuple[str, str | None, str, tuple]]:
+    return {
         (c.method, c.model, c.data, tuple(sorted(c.model_args.items())))
         for c in map(read, RECIPES)
-        if c.data != "synthetic"
+        if c.data != "synthetic" and c.method in methods
     }
+
+
+def test_rs_sams_tables_are_all_there() -> None:
+    """Three data sets by two methods; the rows of Tables 5 and 6; ViT-L of Table 7."""
     tables = {
         (method, "vit_b", data, ())
         for method in ("rs-sam", "sam-lora")
@@ -83,4 +88,37 @@ def test_the_papers_tables_are_all_there() -> None:
         ("rs-sam", "vit_l", "deepglobe", ()),
         ("sam-lora", "vit_l", "deepglobe", ()),
     }
-    assert found == tables
+    assert experiments("rs-sam", "sam-lora") == tables
+
+
+def test_ktdas_tables_are_all_there() -> None:
+    """Tables V and VI, the rows of Tables II, III and IV, and the authors' variant."""
+
+    def ktda(data: str = "grass", **options: object) -> tuple[str, str, str, tuple]:
+        return "ktda", "convnext_b", data, tuple(sorted(options.items()))
+
+    tables = {ktda(), ktda("l8-biome"), ("dinov2-upernet", "vit_b", "grass", ())}
+    tables |= {ktda(**{f"{term}_weight": 0}) for term in ("kl", "mse", "aux")}
+    tables |= {
+        ktda(scales="single", fmm_depth=0, aux_weight=0),
+        ktda(fmm_depth=0, aux_weight=0),
+        ktda(transfer=False, fmm_depth=0),
+    }
+    tables |= {ktda(fmm_depth=depth) for depth in (0, 1, 2, 3)}
+    tables |= {ktda(data, kl="authors", fmm_position="after_neck") for data in ("grass", "l8-biome")}
+    assert experiments("ktda", "dinov2-upernet") == tables
+
+
+def test_ktdas_schedules_are_the_papers() -> None:
+    """Section IV-B, and the authors' configuration for the cloud data."""
+    for config in map(read, RECIPES):
+        if config.method not in ("ktda", "dinov2-upernet"):
+            continue
+        authors = config.model_args.get("kl") == "authors"
+        cloud = config.data == "l8-biome"
+        assert config.image_size == (512 if cloud else 256)
+        length = (80_000, 2_000, 2) if authors and cloud else (23_000, 1_150, 4)
+        assert (config.steps, config.optim.warmup, config.batch_size) == length
+        assert config.optim.lr == (6e-4 if authors else 1e-3)
+        assert (config.optim.power, config.optim.weight_decay, config.optim.clip) == (0.9, 0.01, 0)
+        assert config.loader.flip and config.loader.photometric

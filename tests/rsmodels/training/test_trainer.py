@@ -42,9 +42,10 @@ def same_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def cross_entropy_per_pixel(self: RSSAM, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def cross_entropy_per_pixel(self: RSSAM, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """A loss that is a plain mean over pixels: the mean over passes is then the mean over the batch."""
-    return {"ce": torch.nn.functional.cross_entropy(self(batch["image"]), batch["mask"])}
+    logits = self(batch["image"])
+    return {"ce": torch.nn.functional.cross_entropy(logits, batch["mask"])}, logits
 
 
 def test_a_run_folder_has_all_that_the_design_lists(make_config: MakeConfig) -> None:
@@ -83,7 +84,7 @@ def test_loss_falls_in_thirty_steps(make_config: MakeConfig) -> None:
 def test_accumulation_equals_the_large_batch(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RSSAM, "losses", cross_entropy_per_pixel)
+    monkeypatch.setattr(RSSAM, "losses_and_logits", cross_entropy_per_pixel)
     # Not more steps: Adam's first ones take the sign of gradients that are mostly rounding.
     runs = [train(make_config(folder=f"run{n}", accumulate=n, steps=2)) for n in (1, 4)]
     once, parts = (log_of(run) for run in runs)
@@ -140,7 +141,7 @@ def test_bf16_trains_close_to_fp32(make_config: MakeConfig) -> None:
 def test_validation_loss_and_metrics_ignore_how_the_split_is_batched(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(RSSAM, "losses", cross_entropy_per_pixel)
+    monkeypatch.setattr(RSSAM, "losses_and_logits", cross_entropy_per_pixel)
     trainers = [Trainer(make_config(folder=f"run{n}", accumulate=n), ALONE) for n in (1, 4)]
     for trainer in trainers:
         trainer._validate(1)

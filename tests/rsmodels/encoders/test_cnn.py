@@ -1,0 +1,76 @@
+"""encoders/cnn.py: any four-stage network of timm, with timm's weights."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from rsmodels.encoders.cnn import load_timm_stages, timm_stages
+
+SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 20)}
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("convnext_atto", SMALL),
+        ("resnet18", {"drop_path_rate": 0.1}),  # has a stem at 1/2 before its stages
+        ("mobilenetv3_small_050", {}),
+    ],
+)
+def test_stages(name: str, options: dict) -> None:
+    stages = timm_stages(name, **options).eval()
+    with torch.no_grad():
+        maps = stages(torch.randn(1, 3, 64, 96))
+    assert [tuple(m.shape[-2:]) for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert [m.shape[1] for m in maps] == stages.feature_info.channels()
+
+
+class Holder(nn.Module):
+    def __init__(self, name: str, **options) -> None:
+        super().__init__()
+        self.student = timm_stages(name, **options)
+        self.rest = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("name, options", [("convnext_atto", SMALL), ("mobilenetv3_small_050", {})])
+@torch.no_grad()
+def test_timms_weights_load(name: str, options: dict, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = timm.create_model(name, num_classes=7, **options).eval()
+    torch.save(theirs.state_dict(), tmp_path / "whole.pth")
+    model = Holder(name, **options).eval()
+    report = load_timm_stages(model, "student", str(tmp_path / "whole.pth"))
+    image = torch.randn(1, 3, 64, 64)
+    expected = theirs.forward_intermediates(image, indices=4, intermediates_only=True)
+    for a, b in zip(model.student(image), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert set(report.dropped.values()) == {"behind the last stage"} and len(report.dropped) >= 2
+    assert report.initialised == ["rest.weight", "rest.bias"]
+    assert len(report.loaded) + len(report.dropped) == len(theirs.state_dict())
+
+
+def test_weights_of_another_network_are_an_error(tmp_path: Path) -> None:
+    deeper = timm.create_model("convnext_atto", **{**SMALL, "depths": (1, 1, 2, 1)})
+    torch.save(deeper.state_dict(), tmp_path / "deeper.pth")
+    with pytest.raises(
+        ValueError, match=r"deeper.pth: .* keys match nothing in this model .*stages\.2\.blocks\.1"
+    ):
+        load_timm_stages(Holder("convnext_atto", **SMALL), "student", str(tmp_path / "deeper.pth"))
+
+
+@pytest.mark.parametrize(
+    "name, options, found",
+    [
+        ("no_such_net", {}, "no_such_net"),
+        ("vit_tiny_patch16_224", {}, "1/16, 1/16"),
+        ("resnet18", {"dims": 3}, "dims"),
+    ],
+)
+def test_networks_that_do_not_serve(name: str, options: dict, found: str) -> None:
+    with pytest.raises(ValueError, match=f"^student '{name}': .*{re.escape(found)}") as error:
+        timm_stages(name, **options)
+    assert "\n" not in str(error.value)

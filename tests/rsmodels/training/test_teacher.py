@@ -1,0 +1,343 @@
+"""Training with a teacher beside the model: what it is asked, what it may not change, and its cache."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rsmodels
+from rsmodels.files import atomic_path
+from rsmodels.methods.teacher import Teacher
+from rsmodels.registry import METHODS, Preprocessing, create_teacher
+from rsmodels.training.checkpoint import newest_first
+from rsmodels.training.config import LoaderConfig, OptimConfig, TrainConfig
+from rsmodels.training.parallel import Ranks
+from rsmodels.training.teacher import FrozenTeacher
+from rsmodels.training.trainer import Trainer, train
+
+CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
+PREPROCESSING = Preprocessing((1.0, 2.0, 3.0), (2.0, 2.0, 2.0))
+MakeConfig = Callable[..., TrainConfig]
+
+
+def network(seed: int = 0) -> Teacher:
+    torch.manual_seed(seed)
+    return create_teacher("dinov2_vit_tiny", image_size=32)
+
+
+def lines_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines_of(run)]
+
+
+@pytest.fixture
+def ktda(make_config: MakeConfig) -> MakeConfig:
+    """make_config of a small run of KTDA."""
+
+    def make(**options: Any) -> TrainConfig:
+        return make_config(**{"method": "ktda", **options})
+
+    return make
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images every pass of a teacher saw."""
+    seen: list[int] = []
+    forward = Teacher.forward
+
+    def counting(self: Teacher, images: Tensor) -> list[Tensor]:
+        seen.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(Teacher, "forward", counting)
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_trains_and_validates(make_config: MakeConfig, method: str) -> None:
+    run = train(make_config(method=method, steps=1))
+    terms = {name for name in lines_of(run)[0] if name.startswith("loss_")}
+    assert len(terms) >= 2 and ({"loss_kl", "loss_mse"} <= terms) == (method == "ktda")
+    assert len(lines_of(run, "validation")) == 1
+
+
+def test_the_teacher_is_asked_once_per_batch_and_for_validation(ktda: MakeConfig, asked: list[int]) -> None:
+    config = ktda(steps=2, accumulate=2)
+    trainer = Trainer(config, ALONE)
+    trainer.run()
+    trainer.log.close()
+    assert asked[:4] == [2] * 4 and sum(asked[4:]) == len(trainer.val_set)
+
+
+def test_the_teacher_never_changes_and_leaves_no_trace(ktda: MakeConfig) -> None:
+    """And the student comes closer to it."""
+    four = {"size": 32, "length": 4}  # the same batch again and again
+    trainer = Trainer(ktda(steps=20, checkpoint_every=20, log_every=19, lr=3e-3, data_args=four), ALONE)
+    assert trainer.teacher is not None
+    inside, before = trainer.teacher.network, trainer.teacher.record["sha256"]
+    trainer.run()
+    trainer.log.close()
+    assert inside.sha256() == before and not inside.training
+    assert all(parameter.grad is None for parameter in inside.parameters())
+    first, *_, last = (line["loss_mse"] for line in lines_of(trainer.folder))
+    assert last < first, (first, last)
+    optimised = {id(parameter) for parameter in trainer.parameters}
+    assert not optimised & {id(parameter) for parameter in inside.parameters()}
+    assert len(trainer.optimizer.state) == len(optimised)
+
+    newest = newest_first(trainer.folder / "checkpoints")[0]
+    kept = torch.distributed.checkpoint.FileSystemReader(newest).read_metadata().state_dict_metadata
+    trained = {name for name, _ in trainer.model.named_parameters()}
+    assert {name.partition(".")[2] for name in kept if name.startswith("exp_avg.")} == trained
+    own = trainer.model.state_dict().keys()
+    assert {name.removeprefix("model.") for name in kept if name.startswith("model.")} == own
+    model, info = rsmodels.load_model(trainer.folder / "best")
+    assert model.state_dict().keys() == own
+    assert info["training"]["teacher"]["sha256"] == before
+    assert json.loads((newest / "state.json").read_text())["identity"]["teacher"]["name"] == "dinov2_vit_tiny"
+
+
+def test_two_runs_see_one_teacher_and_another_seed_another(ktda: MakeConfig) -> None:
+    records = []
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        trainer = Trainer(ktda(folder=folder, seed=seed), ALONE)
+        trainer.log.close()
+        assert trainer.teacher is not None
+        records.append(trainer.teacher.record)
+    assert records[0] == records[1] and records[0]["sha256"] != records[2]["sha256"]
+
+
+def test_without_transfer_there_is_no_teacher(
+    ktda: MakeConfig, asked: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(ktda(steps=1, model_args={"transfer": False}))
+    assert not asked and "loss_kl" not in lines_of(run)[0]
+    assert "ktda_tiny with these arguments learns from no teacher" in capsys.readouterr().err
+
+
+def test_random_weights_are_said(ktda: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    Trainer(ktda(), ALONE).log.close()
+    said = capsys.readouterr().err
+    assert "learning from dinov2_vit_tiny" in said and "which are random" in said
+
+
+def test_bf16_trains_close_to_fp32(ktda: MakeConfig) -> None:
+    exact, rounded = (losses(train(ktda(folder=dtype, dtype=dtype, steps=1))) for dtype in ("fp32", "bf16"))
+    assert rounded == pytest.approx(exact, rel=2e-2) and rounded != exact
+
+
+# --------------------------------------------------------------------------------------------- resuming
+
+
+def save_teacher(path: Path, seed: int) -> str:
+    torch.save(network(seed).encoder.state_dict(), path)
+    return str(path)
+
+
+def test_resume_ends_with_the_same_bits(ktda: MakeConfig, tmp_path: Path) -> None:
+    """Batch norms included."""
+    weights = save_teacher(tmp_path / "teacher.pth", 0)
+    run = train(ktda(steps=4, checkpoint_every=3, teacher_weights=weights))
+    first, expected = rsmodels.load_model(run / "best")[0].state_dict(), losses(run)
+    (run / "checkpoints" / "step-4" / "state.json").unlink()
+    shutil.rmtree(run / "best")
+    train(ktda(steps=4, resume="auto", teacher_weights=weights))
+    second = rsmodels.load_model(run / "best")[0].state_dict()
+    assert any("running_var" in name for name in first)
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert losses(run) == expected
+
+
+def test_another_teacher_is_no_reason_to_go_on(ktda: MakeConfig, tmp_path: Path) -> None:
+    one, two = (save_teacher(tmp_path / f"{seed}.pth", seed) for seed in (1, 2))
+    train(ktda(steps=1, teacher_weights=one))
+    for other in ({"teacher_weights": two}, {"teacher_weights": one, "teacher_fit": "resize"}):
+        with pytest.raises(ValueError, match=r"step-1: was written with teacher .*dinov2_vit_tiny") as error:
+            train(ktda(steps=2, resume="auto", **other))
+        assert "\n" not in str(error.value)
+    # The same weights from another file are the same teacher.
+    moved = str((tmp_path / "1.pth").rename(tmp_path / "moved.pth"))
+    assert len(losses(train(ktda(steps=2, resume="auto", teacher_weights=moved)))) == 2
+
+
+# -------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"teacher_weights": "/nowhere/dinov2.pth"}, "--teacher-weights /nowhere/dinov2.pth: no such file"),
+        (
+            {"teacher": "dinov2_vit_s"},
+            "--teacher dinov2_vit_s: its maps have 384 channels, ktda_tiny learns from 128",
+        ),
+        ({"teacher_args": {"patch_size": 16}}, "its maps are 2x2, ktda_tiny aligns its own to 3x3"),
+        ({"teacher_args": {"depth": 2}}, "dinov2_vit_tiny has no option 'depth'"),
+        ({"teacher_fit": "crop"}, "fit='crop'"),
+        (
+            {"teacher_cache": "maps", "data_args": {"size": 64, "length": 4}},
+            "--teacher-cache maps: tiles of 64x64",
+        ),
+        ({"batch_size": 2, "accumulate": 2}, "--batch-size 2 leaves one tile for each rank and pass"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_run(
+    ktda: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], expected: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        train(ktda(**options))
+    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_tile_per_pass_is_enough_without_batch_norms(make_config: MakeConfig) -> None:
+    Trainer(make_config(batch_size=1), ALONE).log.close()
+
+
+# ------------------------------------------------------------------------------------------------ cache
+
+
+def ask(teacher: FrozenTeacher, raw: Tensor) -> list[Tensor]:
+    return teacher(PREPROCESSING.normalize(raw), raw, PREPROCESSING)
+
+
+@pytest.fixture
+def raw() -> Tensor:
+    return torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(3)).float()
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> FrozenTeacher:
+    return FrozenTeacher(network(), {}, dtype=torch.float32, cache=tmp_path / "maps")
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) == 4 and all(
+        torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_hits_are_the_same_bits_and_ask_nobody(cached: FrozenTeacher, raw: Tensor, asked: list[int]) -> None:
+    first = ask(cached, raw)
+    assert asked == [1, 1, 1]
+    assert same(ask(cached, raw), first) and len(asked) == 3
+    # Another batch, in another order, with one that is new.
+    batch = torch.stack([raw[2], raw[0] + 1, raw[1]])
+    found = ask(cached, batch)
+    assert len(asked) == 4
+    assert all(torch.equal(level[[0, 2]], before[[2, 1]]) for level, before in zip(found, first, strict=True))
+    uncached = FrozenTeacher(network(), {}, dtype=torch.float32)
+    for level, exact in zip(first, ask(uncached, raw), strict=True):
+        torch.testing.assert_close(level, exact)
+
+
+def test_bf16_maps_keep_their_bits(tmp_path: Path, raw: Tensor, asked: list[int]) -> None:
+    teacher = FrozenTeacher(network(), {}, dtype=torch.bfloat16, cache=tmp_path)
+    assert same(ask(teacher, raw), ask(teacher, raw)) and len(asked) == 3
+    exact = FrozenTeacher(network(), {}, dtype=torch.float32, cache=tmp_path)
+    assert not same(ask(exact, raw), ask(teacher, raw)) and len(asked) == 6, "one folder, two computations"
+
+
+def files(teacher: FrozenTeacher) -> list[Path]:
+    assert teacher.cache is not None
+    return sorted(teacher.cache.folder.rglob("*.safetensors"))
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty])
+def test_a_damaged_file_is_computed_anew(
+    cached: FrozenTeacher, raw: Tensor, asked: list[int], damage: Callable[[Path], None]
+) -> None:
+    first = ask(cached, raw)
+    file = files(cached)[1]
+    whole = file.read_bytes()
+    damage(file)
+    assert same(ask(cached, raw), first) and len(asked) == 4
+    assert file.read_bytes() == whole
+
+
+def test_what_a_killed_write_left_is_no_hit(cached: FrozenTeacher, raw: Tensor, asked: list[int]) -> None:
+    first = ask(cached, raw)
+    file = files(cached)[0]
+    whole = file.read_bytes()
+    with pytest.raises(KeyboardInterrupt), atomic_path(file) as temporary:
+        left = temporary
+        raise KeyboardInterrupt
+    file.unlink()
+    left.write_bytes(whole[:100])  # where SIGKILL leaves it
+    assert same(ask(cached, raw), first) and len(asked) == 4
+    assert file.read_bytes() == whole and left.read_bytes() == whole[:100]
+
+
+def test_everything_that_decides_over_the_maps_is_in_the_key(
+    cached: FrozenTeacher, raw: Tensor, tmp_path: Path, asked: list[int]
+) -> None:
+    ask(cached, raw)
+    folder = tmp_path / "maps"
+    others = [
+        FrozenTeacher(network(seed=1), {}, dtype=torch.float32, cache=folder),
+        FrozenTeacher(network(), {"fit": "resize"}, dtype=torch.float32, cache=folder),
+    ]
+    for count, other in enumerate(others, start=2):
+        ask(other, raw)
+        assert len(asked) == len(files(cached)) == 3 * count
+    normalised = Preprocessing((1.0, 2.0, 3.5), (2.0, 2.0, 2.0))
+    cached(normalised.normalize(raw), raw, normalised)
+    assert len(asked) == 12
+
+
+def test_a_run_with_a_cache_asks_once_per_tile(ktda: MakeConfig, asked: list[int], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"steps": 4, "data_args": {"size": 32, "length": 6}}
+    first = train(ktda(folder="first", teacher_cache=str(tmp_path / "maps"), **options))
+    tiles = len(list((tmp_path / "maps").rglob("*.safetensors")))
+    assert asked == [1] * tiles and tiles <= 6 * 3
+    second = train(ktda(folder="second", teacher_cache=str(tmp_path / "maps"), **options))
+    assert len(asked) == tiles, "runs share a folder"
+    assert losses(first) == losses(second)
+
+
+def test_the_decay_spares_norms_and_the_warm_up_is_the_papers(ktda: MakeConfig) -> None:
+    config = ktda(steps=20)
+    config.optim = OptimConfig(warmup=10)
+    config.loader = LoaderConfig(cache=True)
+    trainer = Trainer(config, ALONE)
+    decayed, plain = trainer.optimizer.param_groups
+    trainer.log.close()
+    assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0.0
+    norms = {
+        id(parameter)
+        for module in trainer.model.modules()
+        if isinstance(module, torch.nn.BatchNorm2d) or "Norm" in type(module).__name__
+        for parameter in module.parameters(recurse=False)
+    }
+    assert norms and norms <= {id(parameter) for parameter in plain["params"]}
+    assert trainer.learning_rate(0) == pytest.approx(1e-3 * 1e-3)
+    assert trainer.learning_rate(9) == pytest.approx(1e-3)
