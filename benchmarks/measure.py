@@ -21,6 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import rskernels
+from rskernels import tuning
+
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
 # What is compared with, where installed; its versions are part of a result.
@@ -205,6 +208,11 @@ def machine() -> dict[str, object]:
     return {
         "processor": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "rskernels": {
+            "instruction_set": rskernels.instruction_set(),
+            "backend": rskernels.get_backend(),
+            "products": tuning.record()["source"],
+        },
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

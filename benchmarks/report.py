@@ -148,6 +148,10 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
 
+    chosen = options.suite or list(SUITES)
+    if not any(options.match in case.name for suite in chosen for case in SUITES[suite].cases()):
+        parser.error(f"--match {options.match!r}: no case of {', '.join(chosen)} has it in its name")
+
     started = time.perf_counter()
     path = RESULTS / f"{options.name}.json"
     results: dict = {"machine": machine(), "suites": {}}
@@ -159,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print(f"{path}: of another machine or other versions, replaced", file=sys.stderr)
     try:
-        for suite in options.suite or SUITES:
+        for suite in chosen:
             figures = run_suite(suite, options.match, options.memory)
             print(f"\n## {suite}\n\n{table(figures['cases'])}\n", flush=True)
             if not options.match:  # after every suite: what took minutes survives a later crash

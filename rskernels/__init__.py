@@ -7,7 +7,7 @@ dispatch table; `explain()` prints which serves what on this machine, `set_backe
 __version__ = "0.1.0"
 
 from rskernels.dispatch import backend, get_backend, set_backend
-from rskernels.explain import explain
+from rskernels.explain import explain, instruction_set
 from rskernels.ops.cross_attention import cross_attention
 from rskernels.ops.deformable_attention import deformable_attention
 from rskernels.ops.dilated_aspp import dilated_aspp
@@ -26,6 +26,7 @@ __all__ = [
     "distillation_loss",
     "explain",
     "get_backend",
+    "instruction_set",
     "layer_norm",
     "linear",
     "lora_linear",

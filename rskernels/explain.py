@@ -9,6 +9,15 @@ from rskernels import __version__, dispatch, tuning
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def instruction_set() -> str:
+    """The instruction set that the C++ kernels use now; "" where the extension is not built."""
+    if "cpp" in dispatch.UNAVAILABLE:
+        return ""
+    from rskernels import _C  # optional: absent from a pure-Python install
+
+    return _C.cpu_capability()
+
+
 def explain() -> str:
     """Print, and return, the state of rskernels on this machine, for the backend and threads in use now."""
     text = "\n".join([*_versions(), *_extension(), *_table(), *_missing()])

@@ -50,6 +50,9 @@ def once_differentiable(name: str) -> None:
     differentiate(name, backward, lambda ctx, inputs, output: None)
 
 
+INTS = (int, torch.SymInt)  # a traced size is no int
+
+
 def check_tensors(op: str, tensors: Mapping[str, Any], *, optional: Collection[str] = ()) -> None:
     """Refuse, by name, what is no floating-point tensor, or not on the device of the first; those named in
     `optional` may be None."""

@@ -82,11 +82,16 @@ def path() -> Path | None:
 def load() -> None:
     """Read the stored table (once, at import); a file that cannot be used, or that RSKERNELS_TUNING names and
     that does not exist, is ignored with a warning."""
-    file = path()
+    try:
+        file = path()
+        exists = file is not None and file.exists()
+    except (OSError, RuntimeError) as error:  # containers: a home of another user's, or none
+        _use(default_table(), "default rule", f"no place for a table: {error}")
+        return
     if file is None:
         _use(default_table(), "default rule", "RSKERNELS_TUNING is 'off'")
         return
-    if not file.exists():
+    if not exists:
         if os.environ.get("RSKERNELS_TUNING"):
             warnings.warn(
                 f"rskernels: RSKERNELS_TUNING names {file}, which does not exist; the default rule serves "

@@ -5,8 +5,8 @@ domain of rsmodels.data.synthetic.gaps, measured on unseen scenes of the source 
 several seeds. What differs between two runs of a seed is the term alone: first weights, tiles and their order
 are the same. `rsmodels pretrain` makes FILE, the teacher.
 
-Writes results/ktda_transfer.json and prints it as a table. Runs that are finished are not repeated, one that was
-stopped goes on.
+Writes results/ktda_transfer.json and prints it as a table. Runs that are finished are not repeated, one that
+was stopped goes on.
 """
 
 from __future__ import annotations

@@ -14,43 +14,54 @@ RSK_INLINE float row_mean(const X* x, int64_t dim) {
   return (sum_lanes(even + odd) + rest) / static_cast<float>(dim);
 }
 
-// The mean square of the distances from the mean: a second look at the row, which the cache holds, loses no
-// digits where the mean is large.
+// The mean is first + shift: where it is large, `first` is off by its rounding, and `shift` says by how much.
+struct Moments {
+  float first, shift, variance;
+};
+
+// From the distances to a first mean: a second look at the row, which the cache holds.
 template <typename X>
-RSK_INLINE float row_variance(const X* x, float mean, int64_t dim) {
-  VecF even{}, odd{};
+RSK_INLINE Moments row_moments(const X* x, int64_t dim) {
+  const float mean = row_mean(x, dim);
+  VecF even{}, odd{}, off{};
   int64_t i = 0;
   for (; i + 2 * kLanes <= dim; i += 2 * kLanes) {
     const VecF a = load(x + i) - mean, b = load(x + i + kLanes) - mean;
     even += a * a;
     odd += b * b;
+    off += a + b;
   }
   for (; i + kLanes <= dim; i += kLanes) {
     const VecF a = load(x + i) - mean;
     even += a * a;
+    off += a;
   }
-  float rest = 0;
+  float rest = 0, rest_off = 0;
   for (; i < dim; ++i) {
     const float a = static_cast<float>(x[i]) - mean;
     rest += a * a;
+    rest_off += a;
   }
-  return (sum_lanes(even + odd) + rest) / static_cast<float>(dim);
+  const float count = static_cast<float>(dim), shift = (sum_lanes(off) + rest_off) / count;
+  const float variance = (sum_lanes(even + odd) + rest) / count - shift * shift;
+  return {mean, shift, variance < 0 ? 0.0f : variance};
 }
 
 template <typename X, typename Y>
 void norm_rows(const X* x, const float* weight, const float* bias, Y* y, float* means, float* rstds,
     int64_t rows, int64_t dim, float eps) {
   for (int64_t row = 0; row < rows; ++row, x += dim, y += dim) {
-    const float mean = row_mean(x, dim);
-    const float rstd = 1.0f / std::sqrt(row_variance(x, mean, dim) + eps);
-    means[row] = mean;
+    const Moments moments = row_moments(x, dim);
+    const float first = moments.first, shift = moments.shift;
+    const float rstd = 1.0f / std::sqrt(moments.variance + eps);
+    means[row] = first + shift;
     rstds[row] = rstd;
     int64_t i = 0;
     for (; i + kLanes <= dim; i += kLanes) {
-      store(y + i, (load(x + i) - mean) * rstd * load(weight + i) + load(bias + i));
+      store(y + i, (load(x + i) - first - shift) * rstd * load(weight + i) + load(bias + i));
     }
     for (; i < dim; ++i) {
-      y[i] = static_cast<Y>((static_cast<float>(x[i]) - mean) * rstd * weight[i] + bias[i]);
+      y[i] = static_cast<Y>((static_cast<float>(x[i]) - first - shift) * rstd * weight[i] + bias[i]);
     }
   }
 }

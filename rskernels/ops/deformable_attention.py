@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rskernels.dispatch import choose
-from rskernels.library import check_tensors, define, differentiate, once_differentiable
+from rskernels.library import INTS, check_tensors, define, differentiate, once_differentiable
 
 
 def deformable_attention(
@@ -105,6 +105,14 @@ def _check(
     check_tensors("deformable_attention", tensors)
     if value.dim() != 4:
         raise ValueError(f"deformable_attention: value has shape {tuple(value.shape)}; expected (B, S, h, d)")
+    if not isinstance(spatial_shapes, Sequence) or not all(
+        isinstance(shape, Sequence) and len(shape) == 2 and all(isinstance(side, INTS) for side in shape)
+        for shape in spatial_shapes
+    ):
+        raise TypeError(
+            f"deformable_attention: spatial_shapes is {spatial_shapes!r}; expected a list of (height, width) "
+            "ints, one of each level"
+        )
     if len(spatial_shapes) == 0:
         raise ValueError(
             "deformable_attention: spatial_shapes is empty; expected (height, width) of each level"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rskernels.dispatch import choose
 from rskernels.library import (
+    INTS,
     cast_to_compute_dtype,
     check_tensors,
     define,
@@ -53,7 +54,7 @@ def dilated_aspp(
         ValueError: numbers of branches or shapes that do not fit, unknown activation, scale or shift
             requires grad. TypeError: not a floating-point tensor, or no list of them.
     """
-    _check_lists(features, weights, biases, dilations)
+    _check_lists(features, weights, biases, dilations, scale_shift, projection)
     features = [features] * len(weights) if isinstance(features, Tensor) else list(features)
     _check(features, weights, biases, dilations, scale_shift, activation, projection)
     lead = weights[0]
@@ -124,12 +125,20 @@ def _is_empty(features: Sequence[Tensor], tensors: Sequence[Tensor | None]) -> b
     return any(0 in t.shape for t in operands)
 
 
-def _check_lists(features: Any, weights: Any, biases: Any, dilations: Any) -> None:
+def _check_lists(
+    features: Any, weights: Any, biases: Any, dilations: Any, scale_shift: Any, projection: Any
+) -> None:
     lists = {"features": features, "weights": weights, "biases": biases, "dilations": dilations}
     for name, value in lists.items():
         if value is None or (isinstance(value, Tensor) and name != "features"):
             found = "None" if value is None else "a tensor"
             raise TypeError(f"dilated_aspp: {name} is {found}; expected a list, one of each per branch")
+    if not isinstance(dilations, Sequence) or not all(isinstance(d, INTS) for d in dilations):
+        raise TypeError(f"dilated_aspp: dilations is {dilations!r}; expected a list of ints")
+    for name, pair in {"scale_shift": scale_shift, "projection": projection}.items():
+        if pair is not None and (not isinstance(pair, Sequence) or len(pair) != 2):
+            parts = "(scale, shift)" if name == "scale_shift" else "(weight, bias or None)"
+            raise TypeError(f"dilated_aspp: {name} is no pair of tensors; expected {parts}, or None")
 
 
 def _check(

@@ -88,6 +88,8 @@ def rel_pos_attention_reference(
     q, k, v = _heads_of_windows(qkv, pad_qkv, num_heads, window_size)
     bias = _bias(q, rel_pos_h, rel_pos_w, _window(qkv, window_size))
     out_MnNd = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    if bias is None:  # SDPA without a bias makes 0 of a query that is NaN
+        out_MnNd = out_MnNd.masked_fill(q.isnan().any(-1, keepdim=True), torch.nan)
     return _grid_of_windows(out_MnNd.transpose(1, 2).flatten(2), qkv, window_size).contiguous()
 
 

@@ -129,7 +129,7 @@ class KTDA(nn.Module):
         self.align = FeatureAlignment(used, dim)
         self.fmm_first = fmm_position == "before_neck"
         fmm_dim, fmm_scales = (dim, len(used)) if self.fmm_first else (width, len(NECK_SCALES))
-        if fmm_depth < 0 or (fmm_depth and fmm_dim % fmm_heads):
+        if fmm_depth < 0 or fmm_heads < 1 or (fmm_depth and fmm_dim % fmm_heads):
             raise ValueError(
                 f"fmm_depth={fmm_depth}, fmm_heads={fmm_heads}: expected a depth of at least 0 and heads "
                 f"that divide {fmm_dim}"

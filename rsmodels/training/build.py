@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -141,10 +142,14 @@ def build_model(config: TrainConfig, dataset: SegmentationDataset, *, resuming: 
     )
     expected = len(model.preprocessing.mean)
     if len(first) != expected:
+        adapts = "in_chans" in inspect.signature(type(model)).parameters
+        advice = (
+            f", or adapt the model with --model-args.in_chans {len(first)} and normalise by the data with "
+            "--loader.normalize dataset"
+        )
         raise ValueError(
             f"data set {config.data!r} gives {len(first)} bands and {config.model} takes {expected}: choose "
-            f"{expected} with --bands, or adapt the model with --model-args.in_chans {len(first)} "
-            "and normalise by the data with --loader.normalize dataset"
+            f"{expected} with --bands{advice if adapts else ''}"
         )
     model.preprocessing = Preprocessing(model.preprocessing.mean, model.preprocessing.std, dataset.bands)
     model.set_activation_checkpointing(config.activation_checkpointing)
@@ -240,10 +245,21 @@ def check_same_model(path: Path, before: dict[str, Any], now: dict[str, Any]) ->
     """A checkpoint of another model, of other classes or bands, or of another teacher is a ValueError."""
     for key in now:
         if before.get(key) != now[key]:
+            if key == "teacher" and before.get(key) and now[key]:
+                _refuse_teacher(path, before[key], now[key])
             raise ValueError(
                 f"{path}: was written with {key} {before.get(key)}, this run has {now[key]}; resume with the "
                 "options it was started with (config.yaml), or start anew in another --run-dir"
             )
+
+
+def _refuse_teacher(path: Path, before: dict[str, Any], now: dict[str, Any]) -> NoReturn:
+    option = {"name": "", "arguments": "-args", "fit": "-fit", "sha256": "-weights"}
+    changed = ", ".join(f"--teacher{option[name]}" for name in option if before.get(name) != now.get(name))
+    raise ValueError(
+        f"{path}: learned from another teacher, {before['name']} with weights {before['sha256'][:12]}; "
+        f"resume with the {changed} it was started with (config.yaml), or start anew in another --run-dir"
+    )
 
 
 def kernel_record(world: int) -> dict[str, Any]:
@@ -252,6 +268,7 @@ def kernel_record(world: int) -> dict[str, Any]:
         "torch": torch.__version__,
         "rskernels": rskernels.__version__,
         "backend": rskernels.get_backend(),
+        "instruction_set": rskernels.instruction_set(),
         "ranks": world,
         "threads": torch.get_num_threads(),
         "tuning": tuning.record(),

@@ -161,8 +161,8 @@ def _check_fit(config: TrainConfig, model: Any, network: Any) -> None:
     if network.embed_dim != model.teacher_dim:
         raise ValueError(
             f"--teacher {config.teacher}: its maps have {network.embed_dim} channels, {config.model} learns "
-            f"from {model.teacher_dim}; choose a teacher of that width, as {TEACHER_OF[str(config.model)]}, or "
-            f"--model-args.teacher_dim {network.embed_dim}"
+            f"from {model.teacher_dim}; choose a teacher of that width, as {TEACHER_OF[str(config.model)]}, "
+            f"or --model-args.teacher_dim {network.embed_dim}"
         )
     if network.grid_size != model.grid_size:
         found, expected = ("x".join(map(str, grid)) for grid in (network.grid_size, model.grid_size))

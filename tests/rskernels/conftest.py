@@ -72,6 +72,15 @@ def any_level(request, extension):
         yield
 
 
+@pytest.fixture(params=["reference", "cpp"])
+def any_backend(request):
+    """Once on the reference, once on the kernels."""
+    if request.param == "cpp":
+        request.getfixturevalue("extension")
+    with rskernels.backend(request.param):
+        yield request.param
+
+
 @pytest.fixture(scope="session")
 def relative_error():
     """‖out − reference‖ / ‖reference‖ in float64 (the absolute norm where the reference is zero)."""

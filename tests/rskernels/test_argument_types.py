@@ -83,3 +83,27 @@ def test_lists_of_tensors(match, changes):
     rskernels.dilated_aspp(**call)
     with pytest.raises(TypeError, match=f"^dilated_aspp: {match}"):
         rskernels.dilated_aspp(**{**call, **changes})
+
+
+@pytest.mark.parametrize("shapes", [[2, 2], [(2, 2, 1)], None, [(2.0, 2.0)], torch.tensor([[2, 2]])])
+def test_spatial_shapes_that_are_none(any_backend, shapes) -> None:
+    value, locations = torch.randn(1, 4, 1, 2), torch.rand(1, 3, 1, 1, 2, 2)
+    with pytest.raises(TypeError, match=r"deformable_attention: spatial_shapes .*\(height, width\) ints"):
+        rskernels.deformable_attention(value, shapes, locations, torch.rand(1, 3, 1, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"projection": torch.randn(2, 2)}, "projection"),
+        ({"projection": (torch.randn(2, 2),)}, "projection"),
+        ({"scale_shift": (torch.randn(2),)}, "scale_shift"),
+        ({"scale_shift": torch.randn(2)}, "scale_shift"),
+        ({"dilations": 1}, "dilations"),
+        ({"dilations": [1.5]}, "dilations"),
+    ],
+)
+def test_pairs_and_lists_that_are_none(any_backend, options, named) -> None:
+    arguments = {"dilations": [1], **options}
+    with pytest.raises(TypeError, match=f"dilated_aspp: {named} is .*expected"):
+        rskernels.dilated_aspp(torch.randn(1, 2, 4, 4), [torch.randn(2, 2, 3, 3)], [None], **arguments)

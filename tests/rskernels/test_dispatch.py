@@ -12,7 +12,9 @@ import rskernels
 from rskernels import __main__ as command
 from rskernels import dispatch, tuning
 
-PUBLIC = set(rskernels.__all__) - {"__version__", "backend", "explain", "get_backend", "set_backend"}
+PUBLIC = set(rskernels.__all__) - {
+    "__version__", "backend", "explain", "get_backend", "instruction_set", "set_backend",
+}  # fmt: skip
 
 
 def smallest_call(op, dtype):

@@ -199,3 +199,13 @@ def test_bad_arguments(message: str) -> None:
     assert rel_pos_attention(**good).shape == (1, 4, 4, 32)
     with pytest.raises(error, match=message):
         rel_pos_attention(**{**good, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16, torch.float64])
+def test_a_query_that_is_nan_is_nan_without_tables(any_backend, dtype) -> None:
+    qkv = torch.randn(1, 3, 3, 12).to(dtype)
+    qkv[0, 1, 1, 0] = torch.nan
+    if rskernels.get_backend() == "cpp" and dtype not in (torch.float32, torch.bfloat16):
+        pytest.skip("not served")
+    out = rskernels.rel_pos_attention(qkv, None, None, num_heads=1)
+    assert out[0, 1, 1].isnan().all() and out.isnan().sum() == 4

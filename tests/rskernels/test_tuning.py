@@ -185,3 +185,19 @@ def test_default_place(monkeypatch, tmp_path):
     monkeypatch.delenv("RSKERNELS_TUNING", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert tuning.path() == tmp_path / "rskernels" / "tuning.json"
+
+
+def test_a_home_that_cannot_be_read_is_no_reason_to_fail(monkeypatch) -> None:
+    before = tuning.record()
+
+    def refuse(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr("pathlib.Path.exists", refuse)
+    monkeypatch.delenv("RSKERNELS_TUNING", raising=False)
+    try:
+        tuning.load()
+        assert tuning.record()["source"] == "default rule"
+        assert "Permission denied" in tuning.describe()[0]
+    finally:
+        tuning.restore(before)
