@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,16 +52,22 @@ class FrozenTeacher:
             images: (B, 3, H, W), normalised by `preprocessing`.
             raw: the same before that, on the CPU: what the cache goes by, so that no GPU is waited for.
         """
-        if self.cache is None:
+        cache = self.cache
+        if cache is None:
             return self._maps(images)
         found = []
         for index, pixels in enumerate(raw):
-            path = self.cache.path(pixels, preprocessing)
-            maps = self.cache.read(path)
+            path = cache.path(pixels, preprocessing)
+            maps = cache.read(path)
             if maps is None:
                 # One image at a time: what is kept must not depend on the batch that it came in.
                 maps = [level[0].contiguous().cpu() for level in self._maps(images[index : index + 1])]
-                self.cache.write(path, maps)
+                try:
+                    cache.write(path, maps)
+                except OSError as error:  # a full disk: the cache saves time, the run is worth more
+                    if self.cache is not None:
+                        warnings.warn(f"--teacher-cache: {error}; going on without it", stacklevel=2)
+                    self.cache = None
             found.append(maps)
         return [torch.stack(level).to(images.device) for level in zip(*found, strict=True)]
 

@@ -286,6 +286,20 @@ def test_a_damaged_file_is_computed_anew(
     assert file.read_bytes() == whole
 
 
+def test_a_full_disk_ends_the_keeping_and_not_the_run(
+    cached: FrozenTeacher, raw: Tensor, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "no space left on the disk")
+
+    monkeypatch.setattr("rsmodels.training.teacher.MapCache.write", full)
+    with pytest.warns(UserWarning, match="--teacher-cache: .*no space left") as warned:
+        first = ask(cached, raw)
+    assert len(warned) == 1 and cached.cache is None
+    for level, again in zip(first, ask(cached, raw), strict=True):
+        torch.testing.assert_close(level, again)
+
+
 def test_what_a_killed_write_left_is_no_hit(cached: FrozenTeacher, raw: Tensor, asked: list[int]) -> None:
     first = ask(cached, raw)
     file = files(cached)[0]
