@@ -97,7 +97,8 @@ class RVSAViT(nn.Module):
                 f"{self.image_size[1]}); resize or tile the images, or create the model with their "
                 "image_size="
             )
-        return self.patch_embed(images) + self.pos_embed
+        # A convolution leaves the channels in front: every norm behind it would copy the tokens.
+        return self.patch_embed(images).contiguous() + self.pos_embed
 
     def run_block(
         self,
@@ -297,7 +298,7 @@ class WindowAttention(nn.Module):
         # The mean counts the padding, as it does in MTP.
         mean = x.unflatten(2, (columns, s)).unflatten(1, (rows, s)).mean((2, 4), dtype=dtype)
         mean = F.leaky_relu(mean)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
             move_x, move_y = self.sampling_offsets(mean).unflatten(-1, (-1, 2))[..., None, None].unbind(-3)
             scale_x, scale_y = self.sampling_scales(mean).unflatten(-1, (-1, 2))[..., None, None].unbind(-3)
             angle = self.sampling_angles(mean)[..., None, None]
