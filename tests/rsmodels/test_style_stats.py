@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +197,10 @@ def test_images_that_cannot_be_used_are_named_and_left_out(
     assert StyleStatistics.load(tmp_path / "s.json").count == 3
 
 
-@pytest.mark.filterwarnings("always:.*do not fill their covariance")
 def test_few_images_are_said_to_be_few(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(words(archive, tmp_path / "s.json")) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(words(archive, tmp_path / "s.json")) == 0
     err = capsys.readouterr().err
     assert "rsmodels: warning: " in err and "3 styles of 9 numbers" in err
 
