@@ -142,7 +142,7 @@ class Mask2FormerHead(nn.Module):
 
 
 class MaskedAttentionLayer(nn.Module):
-    """Queries attend to pixels under their masks, then to each other; MLP; post-norm: (B, Q, D) → (B, Q, D)."""
+    """Queries attend to pixels under their masks, then to each other; MLP; post-norm: (B, Q, D) → same."""
 
     def __init__(self, dim: int, *, num_heads: int, mlp_dim: int) -> None:
         super().__init__()

@@ -2,7 +2,7 @@
 transformer over the maps at 1/32, 1/16 and 1/8 (Zhu et al. 2021, https://arxiv.org/abs/2010.04159), and one
 step of a feature pyramid to 1/4. No mmcv: the sampling is rskernels.deformable_attention.
 
-Shapes: B batch, C_i channels of level i, D width, h/w a level's pixels, S pixels of the three levels together.
+Shapes: B batch, C_i channels of level i, D width, h/w a level's pixels, S the pixels of all three levels.
 """
 
 import math
@@ -43,7 +43,7 @@ class PixelDecoder(nn.Module):
         super().__init__()
         if len(in_channels) != LEVELS + 1:
             raise ValueError(
-                f"in_channels={list(in_channels)}: expected the channels of four maps, at strides 4, 8, 16, 32"
+                f"in_channels={list(in_channels)}: expected those of four maps, at strides 4, 8, 16 and 32"
             )
         if any(dim % divisor for divisor in (4, num_heads, norm_groups)):
             raise ValueError(
@@ -98,11 +98,12 @@ class PixelDecoder(nn.Module):
     def _init_weights(self) -> None:
         """The authors' first weights."""
         nn.init.normal_(self.level_embed)
-        for conv, _ in self.input_projections:  # type: ignore[misc]
-            nn.init.xavier_uniform_(conv.weight)
-            nn.init.zeros_(conv.bias)
-        for conv in (self.lateral[0], self.output[0], self.mask_projection):
-            nn.init.kaiming_uniform_(conv.weight, a=1)
+        for module in self.input_projections.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        for module in (self.lateral[0], self.output[0], self.mask_projection):
+            nn.init.kaiming_uniform_(module.weight, a=1)  # type: ignore[arg-type]
         nn.init.zeros_(self.mask_projection.bias)  # type: ignore[arg-type]
 
 
