@@ -6,9 +6,9 @@ points, as PointRend does (Kirillov et al. 2020, https://arxiv.org/abs/1912.0819
 
 Ignored pixels take part in nothing. Points are drawn over the area of the other pixels: one that falls into
 an ignored pixel moves to the same place within a pixel drawn among the others, so that points stay uniform
-and their number fixed. A point's label is interpolated between those of the four pixels around it that are not
-ignored. An image of ignored pixels alone has no segments, and none of its queries learns anything. Where no
-pixel is ignored all this is what the authors' code computes.
+and their number fixed. A point's label is interpolated between those of the four pixels around it that are
+not ignored. An image of ignored pixels alone has no segments, and none of its queries learns anything. Where
+no pixel is ignored all this is what the authors' code computes.
 
 Shapes: B batch, K classes, Q queries, P points, M segments of an image, N pairs of segment and query in a
 stage or other rows of points, h/w pixels of the predicted masks, H/W image pixels. Points are (x, y), from
@@ -245,16 +245,18 @@ def draw_points(targets: Targets, images: Tensor, count: int) -> Tensor:
     if targets.pixels is None or targets.starts is None:
         return points
     height, width = targets.ids.shape[1:]
-    size = points.new_tensor([width, height])
-    x, y = (points * size).unbind(-1)
+    x, y = points[..., 0] * width, points[..., 1] * height
     column, row = x.long().clamp(max=width - 1), y.long().clamp(max=height - 1)
-    ignored = targets.ids[images[:, None], row, column] < 0
-    start = targets.starts[images, None]
-    available = targets.starts[images + 1, None] - start
-    drawn = (torch.rand(len(images), count, device=images.device) * available).long()
-    pixel = targets.pixels[start + drawn.minimum(available - 1)] % (height * width)
-    moved = torch.stack([pixel % width + x - column, pixel // width + y - row], dim=-1) / size
-    return torch.where(ignored[..., None], moved, points)
+    ignored = targets.ids.take((images[:, None] * height + row) * width + column) < 0
+    image = images[:, None].expand_as(ignored)[ignored]
+    start = targets.starts[image]
+    available = targets.starts[image + 1] - start
+    drawn = (torch.rand(len(image), device=images.device) * available).long().minimum(available - 1)
+    pixel = targets.pixels[start + drawn] % (height * width)
+    moved_x = (pixel % width + (x - column)[ignored]) / width
+    moved_y = (pixel // width + (y - row)[ignored]) / height
+    points[ignored] = torch.stack([moved_x, moved_y], dim=-1)
+    return points
 
 
 def _neighbours(targets: Targets, images: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,14 +267,15 @@ def _neighbours(targets: Targets, images: Tensor, points: Tensor) -> tuple[Tenso
     the rim sum to less than 1. An ignored pixel's share goes to the others.
     """
     height, width = targets.ids.shape[1:]
+    first = images[:, None] * (height * width)
     x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
     left, top = x.floor(), y.floor()
     ids, shares = [], []
     for column, share_x in ((left, left + 1 - x), (left + 1, x - left)):
         for row, share_y in ((top, top + 1 - y), (top + 1, y - top)):
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            r, c = row.clamp(0, height - 1).long(), column.clamp(0, width - 1).long()
-            ids.append(targets.ids[images[:, None], r, c])
+            pixel = row.clamp(0, height - 1).long() * width + column.clamp(0, width - 1).long()
+            ids.append(targets.ids.take(first + pixel))
             shares.append(torch.where(inside, share_x * share_y, 0))
     ids_4np, shares_4np = torch.stack(ids), torch.stack(shares)
     if targets.pixels is not None:
