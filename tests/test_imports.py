@@ -41,6 +41,7 @@ OPTIONAL = {
     "wandb",
     "umap",
     "xformers",
+    "scipy",  # installed; slow to import, and only training's matching needs it
     "timm",  # installed, but it imports torchvision and Pillow: only CNN students need it
 }
 

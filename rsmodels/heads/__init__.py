@@ -1,5 +1,14 @@
 """Necks and decoders: what turns an encoder's maps into the embeddings that predict."""
 
-from rsmodels.heads import fcn, ktda, mprm, multiscale_neck, sam_decoder, upernet
+from rsmodels.heads import fcn, ktda, mask2former, mprm, multiscale_neck, pixel_decoder, sam_decoder, upernet
 
-__all__ = ["fcn", "ktda", "mprm", "multiscale_neck", "sam_decoder", "upernet"]
+__all__ = [
+    "fcn",
+    "ktda",
+    "mask2former",
+    "mprm",
+    "multiscale_neck",
+    "pixel_decoder",
+    "sam_decoder",
+    "upernet",
+]

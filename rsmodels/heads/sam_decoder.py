@@ -90,7 +90,10 @@ class TwoWayBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention at width D / downsample: q (B, Q, D), k and v (B, M, D) → (B, Q, D)."""
+    """Multi-head attention at width D / downsample: q (B, Q, D), k and v (B, M, D) → (B, Q, D).
+
+    `mask` (B, Q, M) is rskernels.cross_attention's: True = attend.
+    """
 
     def __init__(self, dim: int, *, num_heads: int, downsample: int = 1) -> None:
         super().__init__()
@@ -100,12 +103,12 @@ class Attention(nn.Module):
         self.v_proj = Linear(dim, dim // downsample)
         self.out_proj = Linear(dim // downsample, dim)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         q_bhqd, k_bhmd, v_bhmd = (
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for project, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
         )
-        out_bhqd = rskernels.cross_attention(q_bhqd, k_bhmd, v_bhmd)
+        out_bhqd = rskernels.cross_attention(q_bhqd, k_bhmd, v_bhmd, mask=mask)
         return self.out_proj(out_bhqd.transpose(1, 2).flatten(2))
 
 

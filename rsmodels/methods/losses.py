@@ -99,6 +99,11 @@ def check_mask(logits: Tensor, mask: Tensor, ignore_index: int) -> None:
         raise ValueError(
             f"mask of shape {tuple(mask.shape)}: expected {(batch, height, width)}, one id per pixel"
         )
+    check_ids(mask, classes, ignore_index)
+
+
+def check_ids(mask: Tensor, classes: int, ignore_index: int) -> None:
+    """A mask that holds other values than class ids and `ignore_index` is a ValueError or TypeError."""
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask of dtype {mask.dtype}: expected integer class ids")
     if torch.compiler.is_compiling() or mask.is_cuda:
