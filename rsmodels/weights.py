@@ -118,8 +118,10 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def read_state(path: str | os.PathLike[str]) -> State:
-    """The tensors of a .safetensors or .pth file by name; {"model": ...} and {"state_dict": ...} unwrap."""
+def read_state(
+    path: str | os.PathLike[str], *, wrapped_in: tuple[str, ...] = ("model", "state_dict")
+) -> State:
+    """The tensors of a .safetensors or .pth file by name; a .pth may wrap them in an entry."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -133,7 +135,7 @@ def read_state(path: str | os.PathLike[str]) -> State:
         raise ValueError(
             f"{path}: not readable as weights ({reason}); expected .safetensors or a .pth of plain tensors"
         ) from None
-    for key in ("model", "state_dict"):
+    for key in wrapped_in:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):

@@ -22,13 +22,15 @@ ALLOWED: dict[str, set[str]] = {
     "layers": set(),
     "encoders": {"layers", "registry", "weights"},
     "heads": {"layers", "registry", "weights"},
-    "methods": {"layers", "encoders", "heads", "registry", "weights"},
+    "style": {"weights"},
+    "methods": {"layers", "encoders", "heads", "style", "registry", "weights"},
     "data": set(),
     "evaluation": {"data", "registry"},
     "training": {"data", "evaluation", "registry"},
     "pretraining": {"data", "evaluation", "training", "registry", "weights"},
     "predict": {"data", "evaluation", "registry"},
-    "cli": {"data", "evaluation", "training", "pretraining", "predict", "registry"},
+    "style_stats": {"data", "evaluation", "training", "pretraining", "style"},
+    "cli": {"data", "evaluation", "training", "pretraining", "predict", "style_stats", "registry"},
 }
 USES_KERNELS = {"layers", "encoders", "heads", "methods", "training", "evaluation", "cli", "registry"}
 # What an import inside a function may name: extras and the compiled part, which a plain install lacks.
