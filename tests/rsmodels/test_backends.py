@@ -75,6 +75,7 @@ def build_model(name: str) -> tuple[nn.Module, Callable[[], tuple[Tensor, Tensor
 ENCODER_OPTIONS = {
     "sam_vit_tiny": [{"window_size": 3, "lora_rank": rank} for rank in (0, 4)],
     "dinov2_vit_tiny": [{"registers": count} for count in (0, 4)],
+    "rvsa_vit_tiny": [{"window_size": 3}],
 }
 
 
@@ -84,7 +85,7 @@ def test_every_encoder_is_here() -> None:
 
 def build_encoder(name: str, options: dict) -> tuple[nn.Module, Callable[[], tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
-    size = (64, 96) if name.startswith("sam") else (56, 84)
+    size = (56, 84) if name.startswith("dinov2") else (64, 96)
     encoder = spread(ENCODERS[name](image_size=size, **options)).train()
     for parameter_name, parameter in encoder.named_parameters():
         if ".rel_pos_" in parameter_name:
