@@ -52,6 +52,7 @@ class PixelDecoder(nn.Module):
             )
         finest, *others = in_channels
         self.dim = dim
+        self.samples = (num_heads, LEVELS, num_points)
         self.input_projections = nn.ModuleList(
             nn.Sequential(nn.Conv2d(channels, dim, kernel_size=1), GroupNorm(norm_groups, dim))
             for channels in reversed(others)
@@ -85,9 +86,9 @@ class PixelDecoder(nn.Module):
         ).to(tokens.dtype)
         # Locations in half precision would miss their pixel.
         dtype = torch.promote_types(tokens.dtype, torch.float32)
-        reference, extent = reference_points(sizes, dtype, tokens.device)
+        reference, scale = reference_points(sizes, self.samples, dtype, tokens.device)
         for layer in self.layers:
-            tokens = layer(tokens, position, sizes, reference, extent)
+            tokens = layer(tokens, position, sizes, reference, scale)
         levels = [
             level.transpose(1, 2).unflatten(2, size)
             for level, size in zip(tokens.split([h * w for h, w in sizes], dim=1), sizes, strict=True)
@@ -125,9 +126,9 @@ class DeformableLayer(nn.Module):
         position: Tensor,
         sizes: Sequence[tuple[int, int]],
         reference: Tensor,
-        extent: Tensor,
+        scale: Tensor,
     ) -> Tensor:
-        attended = self.attention(tokens + position, tokens, sizes, reference, extent)
+        attended = self.attention(tokens + position, tokens, sizes, reference, scale)
         tokens = self.norm1(tokens + attended)
         return self.norm2(tokens + self.mlp(tokens))
 
@@ -140,8 +141,9 @@ class DeformableAttention(nn.Module):
 
     def __init__(self, dim: int, *, num_heads: int, num_points: int) -> None:
         super().__init__()
-        self.num_heads, self.num_points = num_heads, num_points
-        samples = num_heads * LEVELS * num_points
+        self.num_heads = num_heads
+        self.samples = (num_heads, LEVELS, num_points)
+        samples = math.prod(self.samples)
         self.sampling_offsets = Linear(dim, 2 * samples)
         self.attention_weights = Linear(dim, samples)
         self.value_proj = Linear(dim, dim)
@@ -154,15 +156,14 @@ class DeformableAttention(nn.Module):
         values: Tensor,
         sizes: Sequence[tuple[int, int]],
         reference: Tensor,
-        extent: Tensor,
+        scale: Tensor,
     ) -> Tensor:
-        """`reference` and `extent`: reference_points of `sizes`."""
+        """`reference` and `scale`: reference_points of `sizes`."""
         value_bshd = self.value_proj(values).unflatten(-1, (self.num_heads, -1))
-        shape = (self.num_heads, LEVELS, self.num_points)
-        offsets = self.sampling_offsets(queries).unflatten(-1, (*shape, 2)).to(reference.dtype)
-        locations = reference[:, None, None, None] + offsets / extent
+        offsets = self.sampling_offsets(queries).to(reference.dtype)
+        locations = (reference + offsets * scale).unflatten(-1, (*self.samples, 2))
         weights = self.attention_weights(queries).unflatten(-1, (self.num_heads, -1)).to(reference.dtype)
-        weights = weights.softmax(-1).unflatten(-1, shape[1:])
+        weights = weights.softmax(-1).unflatten(-1, self.samples[1:])
         return self.output_proj(rskernels.deformable_attention(value_bshd, sizes, locations, weights))
 
     def _init_weights(self) -> None:
@@ -171,7 +172,7 @@ class DeformableAttention(nn.Module):
         angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         directions = torch.stack([angles.cos(), angles.sin()], dim=-1)
         directions = directions / directions.abs().amax(dim=-1, keepdim=True)
-        steps = torch.arange(1, self.num_points + 1)
+        steps = torch.arange(1, self.samples[2] + 1)
         offsets = directions[:, None, None] * steps[:, None]  # (heads, 1, points, 2)
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.expand(-1, LEVELS, -1, -1).flatten())
@@ -201,18 +202,25 @@ def to_tokens(x: Tensor) -> Tensor:
 
 
 def reference_points(
-    sizes: Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
+    sizes: Sequence[tuple[int, int]], samples: tuple[int, int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Where each pixel of each level is, (S, 2) as (x, y) in [0, 1], and the levels' (width, height) as
-    (LEVELS, 1, 2), which turn offsets in pixels into such coordinates."""
+    """Where each pixel of each level is, as (x, y) in [0, 1], and how long a pixel of each level is there.
+
+    Args:
+        samples: (heads, LEVELS, points) of the attention.
+    Returns:
+        (S, 2·heads·LEVELS·points), the same pair for all samples, and (2·heads·LEVELS·points,): repeated, for
+        additions along pairs are slow.
+    """
+    heads, _, points = samples
     centres = []
     for size in sizes:
         y, x = ((torch.arange(n, dtype=dtype, device=device) + 0.5) / n for n in size)
-        centres.append(
-            torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1).flatten(0, 1)
-        )
-    extent = torch.tensor([(w, h) for h, w in sizes], dtype=dtype, device=device)
-    return torch.cat(centres), extent[:, None]
+        grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
+        centres.append(grid.flatten(0, 1))
+    scale = torch.tensor([(1 / w, 1 / h) for h, w in sizes], dtype=dtype, device=device)
+    scale = scale[:, None].expand(heads, LEVELS, points, 2)
+    return torch.cat(centres).repeat(1, math.prod(samples)), scale.flatten()
 
 
 def sine_position_encoding(size: tuple[int, int], dim: int, device: torch.device) -> Tensor:

@@ -6,9 +6,9 @@ points, as PointRend does (Kirillov et al. 2020, https://arxiv.org/abs/1912.0819
 
 Ignored pixels take part in nothing. Points are drawn over the area of the other pixels: one that falls into
 an ignored pixel moves to the same place within a pixel drawn among the others, so that points stay uniform
-and their number fixed. A point's label is interpolated between those of the four pixels around it that are not
-ignored. An image of ignored pixels alone has no segments, and none of its queries learns anything. Where no
-pixel is ignored all this is what the authors' code computes.
+and their number fixed. A point's label is interpolated between those of the four pixels around it that are
+not ignored. An image of ignored pixels alone has no segments, and none of its queries learns anything. Where
+no pixel is ignored all this is what the authors' code computes.
 
 Shapes: B batch, K classes, Q queries, P points, M segments of an image, N pairs of segment and query in a
 stage or other rows of points, h/w pixels of the predicted masks, H/W image pixels. Points are (x, y), from
@@ -24,6 +24,8 @@ from torch import Tensor
 
 from rsmodels.heads.mask2former import Mask2FormerOutput
 from rsmodels.methods.losses import check_ids
+
+IGNORED, OUTSIDE = -1, -2  # in the place of class ids
 
 
 def mask2former_losses(
@@ -86,12 +88,12 @@ def mask2former_losses(
 class Targets(NamedTuple):
     """What find_segments finds.
 
-    ids: (B, H, W) class ids, −1 where ignored.
+    ids: (B, H + 2, W + 2) class ids in a frame of one pixel: IGNORED and OUTSIDE are no classes.
     counts: number of segments of each image.
     classes: (ΣM,) ids of the segments, image by image, ascending.
     shown: indices of the images that have segments.
-    pixels: what is not ignored, as indices into ids.flatten(), and starts: (B + 1,) where each image's begin
-        there; both None where nothing is ignored.
+    pixels: what is not ignored, as indices into the (B, H, W) pixels, and starts: (B + 1,) where each image's
+        begin there; both None where nothing is ignored.
     """
 
     ids: Tensor
@@ -120,7 +122,7 @@ class Costs(NamedTuple):
 
 def find_segments(mask: Tensor, num_classes: int, ignore_index: int) -> Targets:
     """The segments of semantic masks (B, H, W): one for each class that an image shows."""
-    ids = torch.where(mask == ignore_index, -1, mask.long())
+    ids = torch.where(mask == ignore_index, IGNORED, mask.long())
     flat = ids.flatten(1)
     area = flat.new_zeros(len(flat), num_classes + 1)
     area.scatter_add_(1, flat % (num_classes + 1), torch.ones_like(flat))  # ignored ones in the last column
@@ -128,9 +130,10 @@ def find_segments(mask: Tensor, num_classes: int, ignore_index: int) -> Targets:
     shown, classes = present.any(1).nonzero()[:, 0], present.nonzero()[:, 1]
     pixels = starts = None
     if area[:, num_classes].any():
-        pixels = (flat >= 0).flatten().nonzero()[:, 0]
+        pixels = (flat != IGNORED).flatten().nonzero()[:, 0]
         starts = F.pad(area[:, :num_classes].sum(1).cumsum(0), (1, 0))
-    return Targets(ids, present.sum(1).tolist(), classes, shown, pixels, starts)
+    framed = F.pad(ids, (1, 1, 1, 1), value=OUTSIDE)
+    return Targets(framed, present.sum(1).tolist(), classes, shown, pixels, starts)
 
 
 # ---------------------------------------------------------------- matching
@@ -171,11 +174,12 @@ def _stage_costs(classes: Tensor, masks: Tensor, targets: Targets, points: int, 
     where = draw_points(targets, targets.shown, points)
     mask_logits = _sample(masks[targets.shown], where)
     class_logits = classes[targets.shown].to(mask_logits.dtype)
-    ids, shares = _neighbours(targets, targets.shown, where)
+    neighbours = _neighbours(targets, targets.shown, where)
     segments = targets.classes.split([count for count in targets.counts if count])
     found = []
     for row, shown in enumerate(segments):
-        labels = _labels(ids[:, row], shares[:, row], shown).to(mask_logits.dtype)
+        labels = _labels([(ids[row], shares[row]) for ids, shares in neighbours], shown)
+        labels = labels.to(mask_logits.dtype)
         found.append(matching_costs(class_logits[row], mask_logits[row], shown, labels, costs))
     return found
 
@@ -214,7 +218,7 @@ def _mask_terms(
     """Binary cross entropy, mean over a pair's points, and Dice, both summed over the pairs."""
     maps = masks[pairs.images, pairs.queries].unsqueeze(1)
     where = _uncertain_points(maps.detach(), pairs, targets, points, oversample, importance)
-    labels = _labels(*_neighbours(targets, pairs.images, where), pairs.classes)
+    labels = _labels(_neighbours(targets, pairs.images, where), pairs.classes)
     logits = _sample(maps, where)[:, 0]
     labels = labels.to(logits.dtype)
     bce = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1).sum()
@@ -244,48 +248,65 @@ def draw_points(targets: Targets, images: Tensor, count: int) -> Tensor:
     points = torch.rand(len(images), count, 2, device=images.device)
     if targets.pixels is None or targets.starts is None:
         return points
-    height, width = targets.ids.shape[1:]
-    size = points.new_tensor([width, height])
-    x, y = (points * size).unbind(-1)
+    height, width = (side - 2 for side in targets.ids.shape[1:])
+    x, y = points[..., 0] * width, points[..., 1] * height
     column, row = x.long().clamp(max=width - 1), y.long().clamp(max=height - 1)
-    ignored = targets.ids[images[:, None], row, column] < 0
-    start = targets.starts[images, None]
-    available = targets.starts[images + 1, None] - start
-    drawn = (torch.rand(len(images), count, device=images.device) * available).long()
-    pixel = targets.pixels[start + drawn.minimum(available - 1)] % (height * width)
-    moved = torch.stack([pixel % width + x - column, pixel // width + y - row], dim=-1) / size
-    return torch.where(ignored[..., None], moved, points)
+    ignored = targets.ids.take(_framed_index(targets, images, row, column)) == IGNORED
+    image = images[:, None].expand_as(ignored)[ignored]
+    start = targets.starts[image]
+    available = targets.starts[image + 1] - start
+    drawn = (torch.rand(len(image), device=images.device) * available).long().minimum(available - 1)
+    pixel = targets.pixels[start + drawn] % (height * width)
+    moved_x = (pixel % width + (x - column)[ignored]) / width
+    moved_y = (pixel // width + (y - row)[ignored]) / height
+    points[ignored] = torch.stack([moved_x, moved_y], dim=-1)
+    return points
 
 
-def _neighbours(targets: Targets, images: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Class ids of the four pixels around each of points (N, P, 2), and their shares in its label, by
-    bilinear interpolation: (4, N, P) both.
+def _neighbours(targets: Targets, images: Tensor, points: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Class id of each of the four pixels around each of points (N, P, 2), and its share in the point's label
+    by bilinear interpolation, (N, P) both.
 
-    Outside the image everything is 0, as in grid_sample, which the mask logits are sampled with: shares at
-    the rim sum to less than 1. An ignored pixel's share goes to the others.
+    Outside the image nothing is labelled, as in grid_sample, which the mask logits are sampled with: labels
+    at the rim are less than 1. An ignored pixel's share goes to the others.
     """
-    height, width = targets.ids.shape[1:]
+    height, width = (side - 2 for side in targets.ids.shape[1:])
     x, y = points[..., 0] * width - 0.5, points[..., 1] * height - 0.5
     left, top = x.floor(), y.floor()
-    ids, shares = [], []
-    for column, share_x in ((left, left + 1 - x), (left + 1, x - left)):
-        for row, share_y in ((top, top + 1 - y), (top + 1, y - top)):
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            r, c = row.clamp(0, height - 1).long(), column.clamp(0, width - 1).long()
-            ids.append(targets.ids[images[:, None], r, c])
-            shares.append(torch.where(inside, share_x * share_y, 0))
-    ids_4np, shares_4np = torch.stack(ids), torch.stack(shares)
+    right_share, lower_share = x - left, y - top
+    upper_left = _framed_index(targets, images, top.long(), left.long())
+    neighbours = []
+    for row, row_share in enumerate((1 - lower_share, lower_share)):
+        for column, column_share in enumerate((1 - right_share, right_share)):
+            ids = targets.ids.take(upper_left + (row * (width + 2) + column))
+            neighbours.append((ids, row_share * column_share))
     if targets.pixels is not None:
-        kept = torch.where(ids_4np >= 0, shares_4np, 0)
-        shares_4np = kept * (shares_4np.sum(0) / kept.sum(0))
-    return ids_4np, shares_4np
+        _share_out_ignored(neighbours)
+    return neighbours
 
 
-def _labels(ids: Tensor, shares: Tensor, classes: Tensor) -> Tensor:
-    """How much of each of `classes` (N,) is at the points whose _neighbours are given, (4, N, P) or, the
-    same points for all, (4, P): (N, P)."""
-    labels = [torch.where(i == classes[:, None], share, 0) for i, share in zip(ids, shares, strict=True)]
-    return torch.stack(labels).sum(0)
+def _share_out_ignored(neighbours: list[tuple[Tensor, Tensor]]) -> None:
+    """Scale the shares around points beside ignored pixels, so that what is not ignored makes up for it."""
+    concerned = torch.stack([ids == IGNORED for ids, _ in neighbours]).any(0)
+    ids = torch.stack([ids[concerned] for ids, _ in neighbours])
+    shares = torch.stack([share[concerned] for _, share in neighbours])
+    inside = torch.where(ids != OUTSIDE, shares, 0).sum(0)
+    kept = torch.where(ids >= 0, shares, 0).sum(0)
+    for row, (_, share) in enumerate(neighbours):
+        share[concerned] = shares[row] * (inside / kept)
+
+
+def _labels(neighbours: list[tuple[Tensor, Tensor]], classes: Tensor) -> Tensor:
+    """How much of each of `classes` (N,) is at points whose _neighbours are given: (N, P). Neighbours (P,)
+    are those of the same points for all."""
+    parts = [torch.where(ids == classes[:, None], share, 0) for ids, share in neighbours]
+    return (parts[0] + parts[1]) + (parts[2] + parts[3])
+
+
+def _framed_index(targets: Targets, images: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Where the pixels (row, column), (N, P), of `images` (N,) are in targets.ids; −1 is the frame."""
+    _, height, width = targets.ids.shape
+    return (images[:, None] * height + row + 1) * width + column + 1
 
 
 def _sample(maps: Tensor, points: Tensor) -> Tensor:
