@@ -1,4 +1,4 @@
-"""`rsmodels train | evaluate | predict | pretrain | check-data | models`: from arguments to an exit code.
+"""The command `rsmodels`: from arguments to an exit code.
 
     0 done    1 a check found errors    2 bad input or usage    3 some inputs failed, the rest are done
     130 interrupted
@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": "measure a trained model on a data set and write a report",
     "predict": "segment georeferenced rasters",
     "pretrain": "make a small foundation model from unlabelled scenes",
+    "style-stats": "measure the styles of an image archive, for models that inject them",
     "check-data": "look at every file of a data set for what would spoil a training",
     "models": "list the models and their sizes",
 }

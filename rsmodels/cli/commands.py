@@ -18,6 +18,7 @@ from rsmodels.pretraining import pretrain as pretraining
 from rsmodels.pretraining.config import PretrainConfig
 from rsmodels.pretraining.probe import probe_table
 from rsmodels.registry import create_model, list_models, parameter_counts
+from rsmodels.style_stats import StyleStatsConfig, measure_styles
 from rsmodels.training import trainer
 from rsmodels.training.config import TrainConfig
 from rsmodels.training.parallel import processes
@@ -70,11 +71,7 @@ def evaluate(config: evaluation.EvaluateConfig) -> int:
 
 def predict(config: PredictConfig) -> int:
     """3 where some of several scenes failed; 2 where all did."""
-
-    def say(error: Exception) -> None:
-        print(f"rsmodels: error: {' '.join(str(error).split())}", file=sys.stderr)
-
-    failed = predict_scenes(config, say)
+    failed = predict_scenes(config, _say)
     if failed == 0:
         return 0
     return 2 if failed == len(config.scenes) else 3
@@ -86,6 +83,14 @@ def pretrain(config: PretrainConfig) -> int:
         print(probe_table(made.probe))
     print(made.output)
     return 0
+
+
+def style_stats(config: StyleStatsConfig) -> int:
+    """3 where some of the images could not be used; 2 where none could."""
+    measured = measure_styles(config, _say)
+    left_out = f"; {measured.failed} could not be used" if measured.failed else ""
+    print(f"{config.output}: {measured.statistics.count} styles of {measured.images} images{left_out}")
+    return 3 if measured.failed else 0
 
 
 def check_data(config: CheckDataConfig) -> int:
@@ -109,3 +114,8 @@ def models(config: ModelsConfig) -> int:
         height, width = model.image_size
         print(f"{name:<24}{f'{height} x {width}':>11}{everything:>14,}{trainable:>14,}")
     return 0
+
+
+def _say(error: Exception) -> None:
+    """What is wrong with one of many, on a line; the others go on."""
+    print(f"rsmodels: error: {' '.join(str(error).split())}", file=sys.stderr)

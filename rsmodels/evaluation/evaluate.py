@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -25,11 +26,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from rsmodels.data import SegmentationDataset, create_dataset, dataset_options
-from rsmodels.data.tiling import Tile, TileGrid, blend_rows
+from rsmodels.data.tiling import Tile, TileGrid, blend_rows, reflect_to
 from rsmodels.evaluation.inference import SegmentationModel, pick_device, pick_dtype, predict_tiles
 from rsmodels.evaluation.metrics import ConfusionMatrix, logits_to_ids
 from rsmodels.evaluation.report import Evaluation, ScoredTile, read_log, write_report
 from rsmodels.registry import Preprocessing, load_model
+
+STYLE_EXAMPLES = 3  # images of a report that show what a style-injecting model trains on
 
 
 @dataclass
@@ -148,10 +151,11 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             f"{config.model}: trained on the classes {', '.join(info['classes'])}; data set {config.data!r} "
             f"has {', '.join(dataset.schema.classes)}: evaluate on data of the model's classes"
         )
+    indices = _indices(config, dataset)
     evaluation = evaluate_model(
         model,
         dataset,
-        indices=_indices(config, dataset),
+        indices=indices,
         batch_size=config.batch_size,
         device=device,
         dtype=dtype,
@@ -168,6 +172,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
             title=f"{info['model']} on {config.data}, {config.split} split{domain}",
             log=read_log(Path(config.model).resolve().parent / "log.jsonl"),
             notes=_notes(config, info, dataset),
+            examples=_style_examples(config, model, info, dataset, indices),
         )
     return evaluation
 
@@ -216,6 +221,31 @@ def _notes(config: EvaluateConfig, info: dict[str, Any], dataset: SegmentationDa
     if trained_on == config.data and config.split == "train":
         notes.append("These are training images: the figures say nothing about unseen ones.")
     return notes
+
+
+def _style_examples(
+    config: EvaluateConfig,
+    model: Any,
+    info: dict[str, Any],
+    dataset: SegmentationDataset,
+    indices: Sequence[int],
+) -> list[np.ndarray] | None:
+    """X, X_S and X_M of the first images, on the data that the model was trained on, where it trains on such.
+
+    A model says so by `style_examples`: normalised images of its size → X, X_S and X_M in [0, 1], or None.
+    """
+    trained_on = (info.get("training") or {}).get("data")
+    if not hasattr(model, "style_examples") or trained_on != config.data:
+        return None
+    height, width = model.image_size
+    parts = [dataset[index]["image"][:, :height, :width] for index in indices[:STYLE_EXAMPLES]]
+    images = torch.stack([reflect_to(part, model.image_size) for part in parts])
+    device = next(model.parameters()).device
+    # The same pictures every time, and no change to the random numbers of whoever calls.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        examples = model.style_examples(model.preprocessing.normalize(images.to(device, torch.float32)))
+    return None if examples is None else [part.float().cpu().numpy() for part in examples]
 
 
 class _Samples(Dataset):

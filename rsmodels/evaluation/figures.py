@@ -94,6 +94,24 @@ def tile_figure(
     return figure
 
 
+def style_figure(images: np.ndarray, styled: np.ndarray, masked: np.ndarray) -> Figure:
+    """A row per image of what a style-injecting model trains on: X, X_S, X_M, each (N, 3, H, W) in [0, 1]."""
+    columns = {"image X": images, "styled image X_S": styled, "masked image X_M": masked}
+    count, _, height, width = images.shape
+    side = 3.2
+    figure = Figure(
+        figsize=(3 * side, count * side * min(max(height / width, 0.3), 2) + 0.5), layout="constrained"
+    )
+    grid = figure.subplots(count, 3, squeeze=False)
+    for column, (name, pictures) in enumerate(columns.items()):
+        grid[0, column].set_title(name, fontsize=10)
+        for axes, pixels in zip(grid[:, column], pictures, strict=True):
+            axes.imshow(np.clip(pixels.transpose(1, 2, 0), 0, 1))
+            axes.set_xticks([])
+            axes.set_yticks([])
+    return figure
+
+
 def confusion_figure(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     """The confusion matrix (K, K), each row (true class) as shares of its pixels."""
     truth = counts.sum(axis=1, keepdims=True)

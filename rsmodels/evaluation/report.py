@@ -2,7 +2,7 @@
 
 report/metrics.json    the figures; null where a figure does not exist
 report/index.html      everything below on one page
-report/confusion.png, curves.png (where the run has a log)
+report/confusion.png, curves.png (where the run has a log), styles.png (where the model styles images)
 report/tiles/          the worst and the best images, each beside its truth, prediction and errors
 """
 
@@ -66,6 +66,7 @@ def write_report(
     title: str,
     log: Sequence[Mapping[str, Any]] = (),
     notes: Sequence[str] = (),
+    examples: Sequence[np.ndarray] | None = None,
 ) -> Path:
     """Write the report and return its page. Each file appears whole or not at all.
 
@@ -75,6 +76,8 @@ def write_report(
         title: headline of the page, for example the model and the data.
         log: the lines of the run's log.jsonl.
         notes: what a reader must know before believing a figure, shown on top.
+        examples: X, X_S and X_M, each (N, 3, H, W) in [0, 1], where the model trains on styled and masked
+            images.
     """
     folder = Path(folder)
     schema = dataset.schema
@@ -85,6 +88,8 @@ def write_report(
     curves = figures.curves_figure(log)
     if curves is not None:
         figures.save(curves, folder / "curves.png")
+    if examples is not None:
+        figures.save(figures.style_figure(*examples), folder / "styles.png")
     pictures: list[tuple[str, str]] = []
     with files.atomic_directory(folder / "tiles") as tiles:
         for kind, ranked in (("worst", evaluation.worst), ("best", evaluation.best)):
@@ -96,7 +101,7 @@ def write_report(
                 image, truth = np.asarray(sample["image"]), np.asarray(sample["mask"])
                 figures.save(figures.tile_figure(image, truth, tile.ids, schema, title=caption), tiles / name)
                 pictures.append((f"tiles/{name}", caption))
-    page = _page(title, metrics, schema, notes, curves is not None, pictures)
+    page = _page(title, metrics, schema, notes, curves is not None, examples is not None, pictures)
     files.write_text(folder / "index.html", page)
     return folder / "index.html"
 
@@ -141,6 +146,7 @@ def _page(
     schema: LabelSchema,
     notes: Sequence[str],
     curves: bool,
+    examples: bool,
     pictures: Sequence[tuple[str, str]],
 ) -> str:
     colours = dict(zip(schema.classes, schema.palette, strict=True))
@@ -165,6 +171,9 @@ def _page(
     parts.append('<h2>Confusion</h2><img src="confusion.png" alt="confusion matrix">')
     if curves:
         parts.append('<h2>Training</h2><img src="curves.png" alt="training curves">')
+    if examples:
+        parts.append("<h2>Styled and masked images, as in training</h2>")
+        parts.append('<img src="styles.png" alt="images, styled and masked">')
     if pictures:
         parts.append("<h2>Worst and best images</h2>")
         parts += [f'<p><img src="{escape(path)}" alt="{escape(alt)}"></p>' for path, alt in pictures]

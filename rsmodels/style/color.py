@@ -47,7 +47,7 @@ class ColorStyle:
         """images (B, 3, H, W) float in [0, 1] → (B, 9) float32, in the order above."""
         images = check_images(images, "ColorStyle")
         with torch.autocast(images.device.type, enabled=False):
-            mean_b31, root_b33, _ = _moments(images)
+            mean_b31, root_b33 = _moments(images)
             return torch.cat([mean_b31.flatten(1), root_b33[:, ROWS, COLUMNS]], dim=1)
 
     @torch.no_grad()
@@ -56,7 +56,7 @@ class ColorStyle:
         images = check_images(images, "ColorStyle")
         embedding = check_embedding(embedding, images, self.size, "ColorStyle")
         with torch.autocast(images.device.type, enabled=False):
-            _, root_b33, centred_b3p = _moments(images)
+            mean_b31, root_b33 = _moments(images)
             entries = embedding[:, 3:]
             wanted_b33 = entries.new_zeros(len(images), 3, 3)
             wanted_b33[:, ROWS, COLUMNS] = entries
@@ -66,19 +66,24 @@ class ColorStyle:
             slack = self.noise**2 * torch.eye(3, device=images.device)
             # G·(A² + s²) = T·A + s², solved for G; A² is symmetric.
             map_b33 = torch.linalg.solve(root_b33 @ root_b33 + slack, root_b33 @ wanted_b33 + slack).mT
-            pixels_b3p = torch.baddbmm(embedding[:, :3, None], map_b33, centred_b3p)
+            shift_b31 = embedding[:, :3, None] - map_b33 @ mean_b31
+            pixels_b3p = torch.baddbmm(shift_b31, map_b33, images.flatten(2))
             return pixels_b3p.clamp_(0, 1).view_as(images)
 
 
-def _moments(images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means (B, 3, 1), roots of the covariances (B, 3, 3), and the pixels less their mean (B, 3, P)."""
+def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Means (B, 3, 1) and roots of the covariances (B, 3, 3)."""
     pixels_b3p = images.flatten(2)
     mean_b31 = pixels_b3p.mean(2, keepdim=True)
-    # Two passes: the mean of squares less the square of the mean loses the colours of a pale image.
-    centred_b3p = pixels_b3p - mean_b31
-    covariance_b33 = centred_b3p @ centred_b3p.mT / pixels_b3p.shape[2]
+    # Two passes: the mean of squares less the square of the mean loses the colours of a pale image. Image by
+    # image: fresh memory for a copy of a whole batch takes longer than the arithmetic.
+    covariance_b33 = torch.stack([_outer(one - mean) for one, mean in zip(pixels_b3p, mean_b31, strict=True)])
     values, vectors = torch.linalg.eigh(_finite(covariance_b33))
-    return mean_b31, _compose(values.clamp(min=0).sqrt(), vectors), centred_b3p
+    return mean_b31, _compose(values.clamp(min=0).sqrt(), vectors)
+
+
+def _outer(centred_3p: Tensor) -> Tensor:
+    return centred_3p @ centred_3p.mT / centred_3p.shape[1]
 
 
 def _compose(values: Tensor, vectors: Tensor) -> Tensor:

@@ -103,7 +103,8 @@ class GhiasiStyle(nn.Module):
             state = read_state(Path(folder, file), wrapped_in=(key,))
             report.source = str(Path(folder, file))
             own = module.state_dict()
-            foreign = [name for name in state if name not in own]
+            # Of the counters of batches, which only training reads, nobody needs to hear.
+            foreign = [name for name in state if name not in own and "num_batches" not in name]
             report.dropped |= {f"{part}.{name}": "not part of this network" for name in foreign}
             known: State = {name: state[name] for name in own if name in state}
             load_part(module, known, report, part)

@@ -18,6 +18,7 @@ from PIL import Image
 import rsmodels
 from rsmodels.evaluation.evaluate import EvaluateConfig, evaluate, evaluate_model
 from rsmodels.evaluation.metrics import ConfusionMatrix
+from rsmodels.methods.rs_sam import RSSAM
 
 SIZES = [(16, 16), (40, 23), (5, 9), (16, 16), (17, 16), (64, 64)]
 ROOT = Path(__file__).resolve().parents[3]
@@ -238,3 +239,29 @@ def test_the_domain_picks_images_or_makes_them(run_folder: Path, tmp_path: Path)
         ValueError, match="domain 'east' is not in split 'test' of 'folder', which has north, south"
     ):
         evaluate(replace(from_files, domain="east"))
+
+
+def test_a_model_that_styles_images_shows_them(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def style_examples(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen.append(images)
+        return images.clamp(0, 1), torch.rand_like(images), images * 0
+
+    monkeypatch.setattr(RSSAM, "style_examples", style_examples, raising=False)
+    options = {"model": str(run_folder / "best"), "data_args": {"length": 5, "size": 96}, "tiles": 0}
+    for name in ("first", "second"):
+        evaluate(EvaluateConfig(**options, report=str(tmp_path / name), device="cpu"))
+    assert [image.shape for image in seen] == [(3, 3, 64, 64)] * 2
+    pictures = [(tmp_path / name / "styles.png").read_bytes() for name in ("first", "second")]
+    assert pictures[0] == pictures[1]
+
+    # On other data than the model's own they would show what it was never trained on.
+    info = {"training": {"data": "whdld"}}
+    model, _ = rsmodels.load_model(run_folder / "best")
+    rsmodels.save_model(model, tmp_path / "other" / "best", info)
+    options["model"] = str(tmp_path / "other" / "best")
+    evaluate(EvaluateConfig(**options, report=str(tmp_path / "third"), device="cpu"))
+    assert len(seen) == 2 and not (tmp_path / "third" / "styles.png").exists()

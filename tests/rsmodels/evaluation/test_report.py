@@ -109,3 +109,18 @@ def test_a_log_cut_short_is_read_to_the_cut(tmp_path: Path) -> None:
     assert read_log(tmp_path / "none.jsonl") == []
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}]
+
+
+def test_styled_and_masked_images_stand_side_by_side(pixel_model, scenes, tmp_path: Path) -> None:
+    dataset = scenes([(16, 16)] * 2)
+    colours = np.eye(3, dtype=np.float32).reshape(3, 1, 3, 1, 1)
+    examples = [np.broadcast_to(one, (2, 3, 20, 30)) for one in colours]
+    picture = pixels_of(figures.style_figure(*examples), tmp_path)
+    left = [np.argwhere((picture == 255 * colour.reshape(3)).all(-1))[:, 1].min() for colour in colours]
+    assert left == sorted(left) and len(set(left)) == 3  # red X, green X_S, blue X_M, from left to right
+
+    found = evaluate_model(pixel_model, dataset, tiles=0)
+    page = write_report(tmp_path / "with", found, dataset, title="x", examples=examples)
+    assert "styles.png" in page.read_text() and (tmp_path / "with" / "styles.png").is_file()
+    page = write_report(tmp_path / "without", found, dataset, title="x")
+    assert "styles.png" not in page.read_text() and not (tmp_path / "without" / "styles.png").exists()
