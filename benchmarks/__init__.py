@@ -6,6 +6,7 @@ from types import ModuleType
 
 from benchmarks import (
     cross_attention,
+    crossearth,
     deformable_attention,
     dilated_aspp,
     distillation_loss,
@@ -28,4 +29,5 @@ SUITES: dict[str, ModuleType] = {
     "deformable_attention": deformable_attention,
     "models": models,
     "ktda": ktda,
+    "crossearth": crossearth,
 }

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar, get_type_hints, overload
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ METHODS: dict[str, "Method"] = {}
 # Encoders that can teach → the builder of the teacher; models that learn from one → theirs by default.
 TEACHERS: dict[str, Callable[..., nn.Module]] = {}
 TEACHER_OF: dict[str, str] = {}
+# What create_model gives for an option that names a file whose content comes with a state dict.
+FROM_STATE = "<state dict>"
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ def create_model(
     num_classes: int,
     image_size: int | tuple[int, int] | None = None,
     pretrained: str | None = None,
+    state_follows: bool = False,
     **options: Any,
 ) -> Any:
     """Build the segmentation model `name`.
@@ -172,6 +175,8 @@ def create_model(
         image_size: pixels, one number or (H, W); None takes the model's own.
         pretrained: a checkpoint of the model's foundation model, a file or a hub id; its parts that fit are
             loaded and a report is printed.
+        state_follows: the caller fills all of the model from a state dict: files that options name (the
+            model's `file_options`) are not read.
         options: the model's own; an unknown one is a ValueError that lists them.
     """
     builder = _look_up(MODELS, name, "model")
@@ -180,7 +185,8 @@ def create_model(
     check_options(builder, name, options, settled=FIXED_OPTIONS.get(name, ()))
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes={num_classes}: expected 1 (binary) or the number of classes")
-    model: Any = builder(num_classes=num_classes, **options)
+    files = getattr(get_type_hints(builder)["return"], "file_options", ()) if state_follows else ()
+    model: Any = builder(num_classes=num_classes, **{**options, **dict.fromkeys(files, FROM_STATE)})
     model.model_name = name
     model.arguments = {"num_classes": num_classes, **options, "image_size": list(model.image_size)}
     model.base_weights = None
@@ -344,7 +350,7 @@ def load_model(
         k: tuple(v) if isinstance(v, list) else v for k, v in info["arguments"].items()
     }
     arguments |= overrides
-    loaded = create_model(info["model"], **arguments)
+    loaded = create_model(info["model"], state_follows=True, **arguments)
     loaded.base_weights = info.get("base_weights")
     bands = info.get("bands")
     loaded.preprocessing = Preprocessing(tuple(info["mean"]), tuple(info["std"]), bands and tuple(bands))

@@ -8,7 +8,7 @@ rskernels.rel_pos_attention without tables, the token sequence as a grid of one 
 Shapes: B batch, H/W pixels, h/w patches, R registers, N = 1 + R + h·w tokens, D embedding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -98,24 +98,31 @@ class DinoViT(nn.Module):
         # Registers have no position.
         return torch.cat([x[:, :1], self.register_tokens.expand(images.shape[0], -1, -1), x[:, 1:]], dim=1)
 
-    def run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+    def run_block(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """`block(x)`, recomputed in backward where activation checkpointing is on."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, x, use_reentrant=False)
         return block(x)
 
     def forward_intermediates(
-        self, images: Tensor, indices: Sequence[int], *, normed: Sequence[int] = ()
+        self,
+        images: Tensor,
+        indices: Sequence[int],
+        *,
+        normed: Sequence[int] = (),
+        after_block: Callable[[Tensor, int], Tensor] | None = None,
     ) -> list[Tensor]:
         """The patch tokens after the blocks `indices` (ascending), as maps (B, D, h, w); no later block runs.
 
         normed: those of the indices whose map is to pass the final norm (Meta's own use norms every map, the
         papers of this library the last one or none).
+        after_block: what to make of the tokens (B, N, D) after every block, given its index, before they are
+        taken as features and go on to the next one.
         """
         x = self.embed(images)
         features = []
         for i, block in enumerate(self.blocks):
-            x = self.run_block(block, x)
+            x = self.run_block(block if after_block is None else _followed(block, after_block, i), x)
             if i in indices:
                 tokens = (self.norm(x) if i in normed else x)[:, self.prefix_tokens :]
                 features.append(tokens.transpose(1, 2).unflatten(2, self.grid_size))
@@ -155,6 +162,12 @@ class DinoViT(nn.Module):
     def load_pretrained(self, source: str) -> LoadReport:
         """Load a DINOv2 checkpoint (a file or a hub id) in Meta's, timm's or transformers' layout."""
         return load_dinov2(self, source)
+
+
+def _followed(
+    block: nn.Module, after_block: Callable[[Tensor, int], Tensor], index: int
+) -> Callable[[Tensor], Tensor]:
+    return lambda x: after_block(block(x), index)
 
 
 class PatchEmbed(nn.Module):

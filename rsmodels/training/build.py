@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import rskernels
@@ -111,10 +110,15 @@ def schedule(config: TrainConfig, steps: int) -> Callable[[int], float]:
     warmup = min(250, steps // 10) if optim.warmup is None else optim.warmup
     if optim.warmup is not None and warmup >= steps:
         raise ValueError(f"--optim.warmup {warmup} must be shorter than the run, which has {steps} steps")
+    if optim.horizon is not None and optim.horizon < steps:
+        raise ValueError(
+            f"--optim.horizon {optim.horizon} must not be shorter than the run, which has {steps} steps: the "
+            "learning rate would be zero after it"
+        )
     return partial(
         learning_rate,
         base=optim.lr,
-        steps=steps,
+        steps=optim.horizon or steps,
         warmup=warmup,
         power=optim.power,
         start=optim.warmup_start,
@@ -129,7 +133,8 @@ def reader_processes() -> int:
 
 
 def build_model(config: TrainConfig, dataset: SegmentationDataset, *, resuming: bool) -> Any:
-    """The model with the same first weights on every rank; a run that resumes reads no pretrained file."""
+    """The model with the same first weights on every rank; a run that resumes reads no file that they come
+    from."""
     first = dataset[0]["image"]
     size = config.image_size or max(32, min(*first.shape[-2:], LARGEST_DEFAULT_SIZE) // 32 * 32)
     seed_everything(derive_seed(config.seed, Purpose.WEIGHTS))
@@ -138,6 +143,7 @@ def build_model(config: TrainConfig, dataset: SegmentationDataset, *, resuming: 
         num_classes=dataset.schema.num_logits,
         image_size=size,
         pretrained=None if resuming else config.pretrained,
+        state_follows=resuming,
         **config.model_args,
     )
     expected = len(model.preprocessing.mean)
@@ -152,7 +158,8 @@ def build_model(config: TrainConfig, dataset: SegmentationDataset, *, resuming: 
             f"{expected} with --bands{advice if adapts else ''}"
         )
     model.preprocessing = Preprocessing(model.preprocessing.mean, model.preprocessing.std, dataset.bands)
-    model.set_activation_checkpointing(config.activation_checkpointing)
+    if config.activation_checkpointing is not None:
+        model.set_activation_checkpointing(config.activation_checkpointing)
     return model.train()
 
 
@@ -216,14 +223,18 @@ def check_share(model: Any, config: TrainConfig, share: int) -> None:
         )
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over what is trainable; norms and biases (vectors) do not decay."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(model: Any, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over what is trainable; norms and biases (vectors), and what a model names in its
+    `no_weight_decay()`, do not decay."""
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     assert config.lr is not None  # resolved
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [], "weight_decay": config.weight_decay},
+        {"params": [], "weight_decay": 0.0},
     ]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name in spared or parameter.ndim < 2]["params"].append(parameter)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     start_moments(optimizer, step=0)
     return optimizer

@@ -24,8 +24,8 @@ class OptimConfig:
     """AdamW and its schedule. What is left open is the method's (see registry.Method), or else PUBLISHED."""
 
     lr: float | None = None
-    """Learning rate after the warm-up (default: the method's: 5e-3 for rs-sam and sam-lora, 1e-3 for
-    ktda)."""
+    """Learning rate after the warm-up (default: the method's: 5e-3 for rs-sam and sam-lora, 1e-3 for ktda,
+    1e-4 for rein and crossearth)."""
     warmup: int | None = None
     """Steps of linear warm-up (default: 250, or a tenth of a run shorter than 2,500 steps)."""
     warmup_start: float | None = None
@@ -33,9 +33,11 @@ class OptimConfig:
     ktda; else one over the steps of warm-up)."""
     power: float = 0.9
     """Exponent of the polynomial decay to zero."""
+    horizon: int | None = None
+    """Step at which the decay reaches zero, where the run ends before it (default: the run's length)."""
     weight_decay: float | None = None
     """Decoupled weight decay of matrices and convolutions; norms and biases have none (default: the method's:
-    0.1 for rs-sam and sam-lora, 0.01 for ktda)."""
+    0.1 for rs-sam and sam-lora, 0.01 for ktda, 0.05 for rein and crossearth)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's two averaging factors."""
     clip: float = 1.0
@@ -65,7 +67,8 @@ class TrainConfig:
     """One training run."""
 
     method: str = "rs-sam"
-    """Training recipe of a paper: rs-sam, or sam-lora, its baseline; ktda."""
+    """Training recipe of a paper: rs-sam, or sam-lora, its baseline; ktda; crossearth, or rein, its
+    baseline."""
     model: str | None = None
     """Size (tiny, vit_b, vit_l, vit_h; convnext_b for ktda) or a full name as `rsmodels models` lists them
     (default: tiny for synthetic data, the paper's for any other)."""
@@ -126,8 +129,9 @@ class TrainConfig:
     """How ranks share the model (default: fsdp under torchrun, none for one process)."""
     shard_size: int | None = None
     """Ranks that hold one copy of the model between them under hsdp (default: the ranks of one node)."""
-    activation_checkpointing: bool = False
-    """Recompute the encoder's blocks in backward: less memory, about a third more time."""
+    activation_checkpointing: bool | None = None
+    """Recompute the encoder's blocks in backward: less memory, about a third more time (default: the model's:
+    on for rein and crossearth but their tiny models, off for the others)."""
     deterministic: bool = False
     """Ask CUDA for kernels that repeat to the last bit; the CPU always does."""
 
@@ -260,6 +264,7 @@ def _check_numbers(config: TrainConfig) -> None:
         "log_every": config.log_every,
         "shard_size": config.shard_size,
         "optim.lr": config.optim.lr,
+        "optim.horizon": config.optim.horizon,
     }
     at_least_zero = {
         "seed": config.seed,

@@ -136,8 +136,7 @@ class LossModule(nn.Module):
 
     def forward(self, batch: dict[str, Any], with_logits: bool = False) -> Any:
         """The loss terms of `batch`; for validation also the logits, as a pair."""
-        terms, logits = self.model.losses_and_logits(batch)
-        return (terms, logits) if with_logits else terms
+        return self.model.losses_and_logits(batch) if with_logits else self.model.losses(batch)
 
 
 def check_mode(mode: str, world: int, shard_size: int | None = None) -> None:

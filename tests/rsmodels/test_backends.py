@@ -36,17 +36,21 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Served:
     return calls
 
 
-def spread_lora(model: nn.Module) -> nn.Module:
-    """LoRA's B is zero in a new model, and hides A's gradient."""
+def spread(model: nn.Module) -> nn.Module:
+    """Away from first values at which little can be compared: LoRA's B and the injectors' scale are zero,
+    and hide the gradient of what is behind them; a new pixel decoder samples exactly at pixels, where the
+    gradient of a place jumps."""
     for name, parameter in model.named_parameters():
-        if ".lora_b_" in name:
+        if ".lora_b_" in name or (name.startswith("injectors.") and name.endswith(".scale")):
             nn.init.normal_(parameter, std=0.1)
+        elif name.endswith(".sampling_offsets.bias"):
+            parameter.data += 0.1 + 0.3 * torch.rand(parameter.shape)
     return model
 
 
 def build_model(name: str) -> tuple[nn.Module, Callable[[], tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
-    model = spread_lora(rsmodels.create_model(name, num_classes=3, image_size=SIZE)).train()
+    model = spread(rsmodels.create_model(name, num_classes=3, image_size=SIZE)).train()
     data = {"image": torch.randn(2, 3, SIZE, SIZE), "mask": torch.randint(0, 3, (2, SIZE, SIZE))}
     if getattr(model, "transfers", False):
         data["teacher"] = [torch.randn(2, model.teacher_dim, *model.grid_size) for _ in range(4)]
@@ -60,6 +64,7 @@ def build_model(name: str) -> tuple[nn.Module, Callable[[], tuple[Tensor, Tensor
             model.eval()
             inference = model(data["image"])  # takes paths of its own
             model.train()
+        torch.manual_seed(1)  # masks, styles and points are drawn
         loss = sum(model.losses(data).values())
         return torch.cat([logits.detach(), inference]), loss
 
@@ -81,7 +86,7 @@ def test_every_encoder_is_here() -> None:
 def build_encoder(name: str, options: dict) -> tuple[nn.Module, Callable[[], tuple[Tensor, Tensor]]]:
     torch.manual_seed(0)
     size = (56, 84) if name.startswith("dinov2") else (64, 96)
-    encoder = spread_lora(ENCODERS[name](image_size=size, **options)).train()
+    encoder = spread(ENCODERS[name](image_size=size, **options)).train()
     for parameter_name, parameter in encoder.named_parameters():
         if ".rel_pos_" in parameter_name:
             nn.init.normal_(parameter, std=0.2)

@@ -1,13 +1,15 @@
 """Registry-wide: what every model promises, on the tiny one of each family."""
 
+import inspect
 import re
+from typing import get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
 import rsmodels
-from rsmodels.registry import METHODS, Preprocessing, model_for_method
+from rsmodels.registry import METHODS, MODELS, Preprocessing, model_for_method
 
 TINY = rsmodels.list_models("*_tiny")
 SIZE = 64
@@ -35,9 +37,21 @@ def transfers(model: nn.Module) -> bool:
     return getattr(model, "transfers", False)
 
 
+def activations(name: str) -> tuple[str | None, ...]:
+    """The values of the model's option of that name; None where it has none."""
+    options = inspect.signature(get_type_hints(MODELS[name])["return"]).parameters
+    return ("sigmoid", "softmax") if "activation" in options else (None,)
+
+
+def losses_of(model: nn.Module, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With the same random masks, styles and points in every call."""
+    torch.manual_seed(2)
+    return model.losses(data)
+
+
 def gradients(model: nn.Module, data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     model.zero_grad()
-    sum(model.losses(data).values()).backward()
+    sum(losses_of(model, data).values()).backward()
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -52,17 +66,17 @@ def test_size(name: str) -> None:
     assert model.image_size == (128, 128)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name, activation", [(name, a) for name in TINY for a in activations(name)])
 @pytest.mark.parametrize("num_classes", [1, 3])
-@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
-def test_forward(name: str, num_classes: int, activation: str) -> None:
-    model = build(name, num_classes=num_classes, activation=activation).eval()
+def test_forward(name: str, num_classes: int, activation: str | None) -> None:
+    options = {} if activation is None else {"activation": activation}
+    model = build(name, num_classes=num_classes, **options).eval()
     with torch.no_grad():
         logits = model(batch(model)["image"])
     assert logits.shape == (2, num_classes, SIZE, SIZE) and logits.isfinite().all()
     probabilities = model.probabilities(logits)
     assert probabilities.shape == logits.shape and 0 <= probabilities.min() <= probabilities.max() <= 1
-    if activation == "softmax" and num_classes > 1:
+    if activation != "sigmoid" and num_classes > 1:
         torch.testing.assert_close(probabilities.sum(1), torch.ones(2, SIZE, SIZE))
 
 
@@ -88,9 +102,11 @@ def test_every_trainable_parameter_gets_a_gradient(name: str, num_classes: int) 
     assert found
     for parameter, gradient in found.items():
         assert gradient is not None and gradient.isfinite().all(), parameter
-    # A is behind a zero B, and a softmax over one token has no use for queries and keys. Elsewhere zero
-    # would mean a part that does not take part.
-    idle = [r"\.lora_a_", *([r"(self_attn|image_to_token)\.[qk]_proj\."] if num_classes == 1 else [])]
+    # A is behind a zero B, GSE and injectors behind a zero scale, positions in the pixel decoder behind
+    # offsets of zero; a softmax over one token has no use for queries and keys. Elsewhere zero would mean a
+    # part that does not take part.
+    idle = [r"\.lora_a_", r"^gse\.", r"^injectors\.\d\.\w+_proj\.", r"\.pixel_decoder\.level_embed"]
+    idle += [r"(self_attn|image_to_token)\.[qk]_proj\."] if num_classes == 1 else []
     dead = [n for n, g in found.items() if not g.any() and not any(re.search(i, n) for i in idle)]
     assert dead == []
 
@@ -100,9 +116,10 @@ def test_all_pixels_ignored(name: str) -> None:
     model = build(name).train()
     data = batch(model)
     data["mask"].fill_(255)
-    losses = {name: term.item() for name, term in model.losses(data).items()}
-    # A teacher's maps need no labels.
-    assert {name for name, value in losses.items() if value} == ({"kl", "mse"} if transfers(model) else set())
+    losses = {name: term.item() for name, term in losses_of(model, data).items()}
+    # A teacher's maps need no labels, and masked images none; L_Δ is there where styles were drawn.
+    unlabelled = losses.keys() & {"kl", "mse", "mim"}
+    assert {name for name, value in losses.items() if value} - {"delta"} == unlabelled
     assert all(g.isfinite().all() for g in gradients(model, data).values())
 
 
@@ -139,7 +156,7 @@ def test_determinism(name: str) -> None:
     for _ in range(2):
         model = build(name).train()
         data = batch(model)
-        runs.append((model.losses(data), gradients(model, data)))
+        runs.append((losses_of(model, data), gradients(model, data)))
     assert runs[0][0] == runs[1][0]
     assert all(torch.equal(g, runs[1][1][n]) for n, g in runs[0][1].items())
 
@@ -160,9 +177,9 @@ def test_nothing_is_left_uninitialised(name: str) -> None:
 def test_bf16_autocast(name: str) -> None:
     model = build(name).train()
     data = batch(model)
-    expected = {n: t.item() for n, t in model.losses(data).items()}
+    expected = {n: t.item() for n, t in losses_of(model, data).items()}
     with torch.autocast("cpu", torch.bfloat16):
-        losses = model.losses(data)
+        losses = losses_of(model, data)
     sum(losses.values()).backward()
     for term, value in losses.items():
         assert value.dtype == torch.float32
@@ -196,7 +213,7 @@ def test_compiles_in_one_graph(name: str) -> None:
     model.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(model(data["image"]), exact, rtol=1e-4, atol=1e-5)
     model.zero_grad()
-    sum(model.losses(data).values()).backward()
+    sum(losses_of(model, data).values()).backward()
     for parameter, gradient in expected.items():
         found = model.get_parameter(parameter).grad
         torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5, msg=parameter)

@@ -1,12 +1,16 @@
 """A run small enough to take steps in milliseconds, on real parts: the tiny model, synthetic scenes."""
 
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
 from rsmodels.training.config import LoaderConfig, OptimConfig, TrainConfig
 
@@ -32,6 +36,27 @@ def small_config(run: Path, *, lr: float = 1e-3, clip: float = 1.0, **options: A
         "report": False,
     }
     return TrainConfig(run_dir=str(run), optim=OptimConfig(lr=lr, clip=clip), **{**defaults, **options})
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Random numbers that depend on their place in a row alone: what is drawn for an image is then the same
+    on any rank and anywhere in a batch. A single number is small: what has a probability happens."""
+
+    def rows(*size: Any, dtype: Any = None, **_: Any) -> Tensor:
+        shape = tuple(size[0]) if len(size) == 1 and not isinstance(size[0], int) else size
+        values = torch.arange(1, 1 + math.prod(shape[1:]), dtype=torch.float64) * 0.618 % 1
+        row = values.to(dtype or torch.float32).view(shape[1:])
+        return row.expand(shape).clone() if shape else torch.tensor(0.01)
+
+    with mock.patch.object(torch, "rand", rows), mock.patch.object(torch, "randn", rows):
+        yield
+
+
+@pytest.fixture(scope="session")
+def with_same_draws() -> Any:
+    """`same_draws`, for tests in this process."""
+    return same_draws
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 A job is the keyword arguments of `small_config`, with "run". "die_in_step" has the process killed in that
 step; "poison" makes a pixel of that training tile NaN; "tables" lets the ranks start with different tables
-of matrix products.
+of matrix products; "same_draws" draws the same for an image wherever it is.
 """
 
 import json
@@ -10,12 +10,13 @@ import math
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from conftest import small_config
+from conftest import same_draws, small_config
 
 from rskernels import tuning
 from rsmodels.data import SyntheticEarth
@@ -86,7 +87,8 @@ if __name__ == "__main__":
         if tables:
             product = tuning.PRODUCTS[dist.get_rank()]
             tuning.restore({**tuning.record(), "products": dict.fromkeys(tuning.KEYS, product)})
-        train(small_config(Path(job.pop("run")), **job))
+        with same_draws() if job.pop("same_draws", False) else nullcontext():
+            train(small_config(Path(job.pop("run")), **job))
         if tables:
             first, second = products()
             assert first == second == dict.fromkeys(tuning.KEYS, tuning.PRODUCTS[0])

@@ -42,6 +42,7 @@ def run(config: TrainConfig) -> int:
             "--optim.warmup-start is a share of --optim.lr, at most 1",
         ),
         ({"optim": OptimConfig(warmup_start=-0.1)}, "--optim.warmup-start must be 0 or more"),
+        ({"optim": OptimConfig(horizon=0)}, "--optim.horizon must be above 0, not 0"),
         ({"optim": OptimConfig(betas=(0.9, 1.0))}, "--optim.betas must lie in [0, 1)"),
         ({"bands": (0, 1)}, "--bands count from 1"),
         ({"device": "gpu"}, "--device 'gpu' is not known"),
@@ -103,6 +104,7 @@ def test_what_is_left_open_of_the_optimiser_is_the_methods() -> None:
 
     assert settings() == settings(method="sam-lora") == (5e-3, 0.1, 0.9, None)
     assert settings(method="ktda") == (1e-3, 0.01, 0.9, 1e-3)
+    assert settings(method="rein") == settings(method="crossearth") == (1e-4, 0.05, 0.9, None)
     own = OptimConfig(lr=6e-4, weight_decay=0.0, warmup_start=0.5)
     assert settings(method="ktda", optim=own) == (6e-4, 0.0, 0.9, 0.5)
 

@@ -31,6 +31,8 @@ LENGTH: dict[str, Any] = {"steps": 8, "checkpoint_every": 3, "validate_every": 4
 KILLED_IN = 5
 # With a teacher and batch norms: checkpoints after 18 and 20; a kill in step 20 leaves step-18.
 KTDA: dict[str, Any] = {"method": "ktda", "steps": 20, "checkpoint_every": 18, "validate_every": 4}
+# Its losses are means over all images of a step, whatever ranks share them.
+CROSSEARTH: dict[str, Any] = {"method": "crossearth", "model_args": {"points": 64}, "steps": 6}
 POISONED = "synthetic-train-0-000004"
 
 
@@ -43,7 +45,7 @@ def launch(jobs: list[dict[str, Any]], *, ranks: int) -> subprocess.CompletedPro
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, configure: Any) -> dict[str, Any]:
+def runs(tmp_path_factory: pytest.TempPathFactory, configure: Any, with_same_draws: Any) -> dict[str, Any]:
     """Run folders by name, and what the launches said."""
     folder = tmp_path_factory.mktemp("runs")
 
@@ -55,6 +57,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, configure: Any) -> dict[str, 
     # One process that sees the same passes as two ranks; two ranks resume from its checkpoint, too.
     train(configure(folder / "alone", **LENGTH, accumulate=2))
     train(configure(folder / "single", **LENGTH))
+    with with_same_draws():
+        train(configure(folder / "crossearth alone", **{**LENGTH, **CROSSEARTH}))
     torch.set_num_threads(threads)
 
     said = {
@@ -72,6 +76,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, configure: Any) -> dict[str, 
                 job("ktda", **KTDA),
                 job("ktda ddp", **KTDA, parallel="ddp"),
                 job("ktda killed", **KTDA, resume="auto"),
+                job("crossearth", **CROSSEARTH, same_draws=True),
+                job("crossearth ddp", **CROSSEARTH, same_draws=True, parallel="ddp"),
                 job("one to two", resume=str(folder / "alone" / "checkpoints" / "step-6")),
                 # Fails, so it comes last.
                 job("poisoned", poison=POISONED, checkpoint_every=1),
@@ -85,6 +91,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, configure: Any) -> dict[str, 
 def losses(runs: dict[str, Any], name: str) -> list[float]:
     lines = (runs["folder"] / name / "log.jsonl").read_text().splitlines()
     return [event["loss"] for event in map(json.loads, lines)]
+
+
+def terms_of(runs: dict[str, Any], name: str) -> list[dict[str, float]]:
+    """The losses of every step, in parts."""
+    lines = map(json.loads, (runs["folder"] / name / "log.jsonl").read_text().splitlines())
+    return [
+        {key: value for key, value in event.items() if key.startswith("loss")}
+        for event in lines
+        if event["kind"] == "train"
+    ]
 
 
 def best(runs: dict[str, Any], name: str) -> dict[str, Tensor]:
@@ -162,6 +178,16 @@ def test_two_ranks_compute_what_one_process_computes(runs: dict[str, Any], name:
     assert len(alone) == len(shared) == 10
     assert shared[0] == pytest.approx(alone[0], rel=1e-5)
     assert shared == pytest.approx(alone, rel=5e-3)
+
+
+@pytest.mark.parametrize("name", ["crossearth", "crossearth ddp"])
+def test_two_ranks_compute_crossearths_losses(runs: dict[str, Any], name: str) -> None:
+    """With styles, masks and points drawn alike: Rein, both flows and the number of segments, over the ranks.
+    Validation is left out: there every rank counts its own segments."""
+    alone, shared = (terms_of(runs, run) for run in ("crossearth alone", name))
+    assert {f"loss_{term}" for term in ("class", "mask", "dice", "mim", "delta")} <= shared[0].keys()
+    assert shared[0] == pytest.approx(alone[0], rel=1e-5)
+    assert [step["loss"] for step in shared] == pytest.approx([step["loss"] for step in alone], rel=5e-3)
 
 
 def test_bf16_and_accumulation_work_on_two_ranks(runs: dict[str, Any]) -> None:

@@ -1,0 +1,67 @@
+"""CrossEarth's training step, with its two flows, and Rein's, on ViT-L against the reference backend.
+
+The peer is the same model on plain PyTorch operators. Either may keep the activations of the frozen blocks,
+or recompute them in backward, as both models do unless told otherwise: what that saves is in the same row.
+Every call draws the same masks and points, and no styles: X_M alone makes the second flow.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import rskernels
+import rsmodels
+from benchmarks.measure import Call, Case
+
+SIZE, CLASSES = 512, 6
+OURS, PEER = "rskernels", "reference backend"
+KEPT = ", activations kept"
+
+
+def _build_step(name: str, options: dict[str, Any], dtype: torch.dtype) -> dict[str, Call]:
+    torch.manual_seed(0)
+    model = rsmodels.create_model(name, num_classes=CLASSES, image_size=SIZE, **options).train()
+    data = {"image": torch.randn(1, 3, SIZE, SIZE), "mask": _patches()}
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step(backend: str, checkpointing: bool) -> Tensor:
+        torch.manual_seed(1)
+        model.set_activation_checkpointing(checkpointing)
+        with rskernels.backend(backend), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = torch.stack(list(model.losses(data).values())).sum()
+            gradients = torch.autograd.grad(loss, parameters)
+        return torch.cat([gradient.flatten() for gradient in gradients])
+
+    return {
+        OURS: partial(step, "auto", True),
+        PEER: partial(step, "reference", True),
+        OURS + KEPT: partial(step, "auto", False),
+        PEER + KEPT: partial(step, "reference", False),
+    }
+
+
+def _patches() -> Tensor:
+    """A mask (1, H, W) of fields of 64 pixels."""
+    fields = torch.randint(CLASSES, (1, SIZE // 64, SIZE // 64))
+    return fields.repeat_interleave(64, 1).repeat_interleave(64, 2)
+
+
+def cases() -> list[Case]:
+    forms = [("crossearth_vit_l", {"style_probability": 0.0}, "CrossEarth"), ("rein_vit_l", {}, "Rein")]
+    return [
+        Case(
+            name=f"both, {title} ViT-L training step, {SIZE} pixels, batch 1, {str(dtype)[6:]}",
+            build=partial(_build_step, name, options, dtype),
+            dtype=dtype,
+            reference=PEER,
+            beside=(OURS + KEPT,),
+            # Where queries attend, and which points count, are decisions that rounding may turn.
+            tolerance=2e-2 if dtype == torch.float32 else 3e-1,
+        )
+        for name, options, title in forms
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
