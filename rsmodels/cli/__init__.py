@@ -1,4 +1,4 @@
-"""`rsmodels train | evaluate | predict | pretrain | check-data | models`: from arguments to an exit code.
+"""`rsmodels COMMAND [options]`: from arguments to an exit code.
 
     0 done    1 a check found errors    2 bad input or usage    3 some inputs failed, the rest are done
     130 interrupted
@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "train a model, on one process or under torchrun",
     "evaluate": "measure a trained model on a data set and write a report",
     "predict": "segment georeferenced rasters",
+    "features": "draw what the layers of a network see, or where two domains lie",
     "pretrain": "make a small foundation model from unlabelled scenes",
     "check-data": "look at every file of a data set for what would spoil a training",
     "models": "list the models and their sizes",

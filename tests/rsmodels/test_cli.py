@@ -16,7 +16,7 @@ import torch
 from torch.distributed.run import get_args_parser
 
 import rsmodels
-from rsmodels.cli import commands, main
+from rsmodels.cli import COMMANDS, commands, main
 from rsmodels.cli.options import UsageError, parse
 from rsmodels.data.raster import gdal
 from rsmodels.evaluation.evaluate import EvaluateConfig
@@ -58,13 +58,13 @@ def error_line(capsys: pytest.CaptureFixture) -> str:
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(f"  {name} " in out for name in ("train", "evaluate", "predict", "check-data", "models"))
+    assert all(f"  {name} " in out for name in COMMANDS)
     assert main([]) == 2
     assert main(["--version"]) == 0
     assert rsmodels.__version__ in capsys.readouterr().out.splitlines()[-1]
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "check-data", "models"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "features", "check-data", "models"])
 def test_help_of_a_command_spells_options_with_hyphens(command: str, capsys: pytest.CaptureFixture) -> None:
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
