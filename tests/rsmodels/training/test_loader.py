@@ -51,6 +51,14 @@ def test_scaling_and_choosing_crops_change_training_tiles_only() -> None:
     assert isinstance(first, dict) and isinstance(second, dict) and same([first], [second])
 
 
+def test_a_run_that_resumes_gets_the_same_tiles() -> None:
+    options = LoaderConfig(scale=(0.5, 2.0), max_class_share=0.75, flip=True, photometric=True)
+    whole = first_batches(Tiles(small_set(), (24, 24), options, seed=3), steps=5)
+    tiles = Tiles(small_set(), (24, 24), options, seed=3)
+    sampler = StepSampler(6, seed=1, batch_size=3, first_step=2, steps=5)
+    assert same(whole[2:], list(batches(make_loader(tiles, sampler, workers=0, device=CPU))))
+
+
 def test_reading_draws_nothing_from_the_global_generator() -> None:
     before = torch.get_rng_state()
     first_batches(Tiles(small_set(), (24, 24), LoaderConfig(flip=True), seed=3))
