@@ -27,6 +27,7 @@ COMMANDS = {
     "train": "train a model, on one process or under torchrun",
     "evaluate": "measure a trained model on a data set and write a report",
     "predict": "segment georeferenced rasters",
+    "features": "draw what the layers of a network see, or where two domains lie",
     "pretrain": "make a small foundation model from unlabelled scenes",
     "style-stats": "measure the styles of an image archive, for models that inject them",
     "check-data": "look at every file of a data set for what would spoil a training",

@@ -11,6 +11,7 @@ import torch
 
 from rsmodels.data import check_dataset
 from rsmodels.evaluation import evaluate as evaluation
+from rsmodels.evaluation.features import FeaturesConfig, draw_features
 from rsmodels.evaluation.inference import pick_device
 from rsmodels.evaluation.report import table
 from rsmodels.predict import PredictConfig, predict_scenes
@@ -75,6 +76,12 @@ def predict(config: PredictConfig) -> int:
     if failed == 0:
         return 0
     return 2 if failed == len(config.scenes) else 3
+
+
+def features(config: FeaturesConfig) -> int:
+    for picture in draw_features(config):
+        print(picture)
+    return 0
 
 
 def pretrain(config: PretrainConfig) -> int:

@@ -26,6 +26,7 @@ jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 ALIASES = {"--run": "--run_dir"}
 _NUMBER = r"-?\d+(\.\d*)?(e-?\d+)?"
 NUMBERS = re.compile(rf"{_NUMBER}(,{_NUMBER})+")
+ONE_NUMBER = re.compile(_NUMBER)
 BOOLEANS = ("true", "false")
 
 
@@ -80,10 +81,12 @@ def _normalise(parser: Parser, arguments: Sequence[str]) -> list[str]:
     """The arguments as jsonargparse wants them."""
     actions = {option: action for action in parser._actions for option in action.option_strings}
     result = []
+    action: argparse.Action | None = None  # of the option before this word
     for position, argument in enumerate(arguments):
         following = arguments[position + 1] if position + 1 < len(arguments) else ""
         if not argument.startswith("--") or argument == "--":
-            result.append(f"[{argument}]" if NUMBERS.fullmatch(argument) else argument)
+            result.append(f"[{argument}]" if _is_list(argument, action) else argument)
+            action = None
             continue
         written, equals, value = argument.partition("=")
         option = "--" + written[2:].replace("-", "_")
@@ -91,12 +94,19 @@ def _normalise(parser: Parser, arguments: Sequence[str]) -> list[str]:
         action = actions.get(option) or _dictionary(actions, option)
         if action is None:
             raise UsageError(f"option {written} is not known; {_nearest(written, actions)}")
-        if NUMBERS.fullmatch(value):
+        if _is_list(value, action):
             value = f"[{value}]"
         elif getattr(action, "_typehint", None) is bool and not equals and following not in BOOLEANS:
             equals, value = "=", "true"
         result.append(option + equals + value)
     return result
+
+
+def _is_list(value: str, action: argparse.Action | None) -> bool:
+    """Whether `value` is numbers with commas between them, or one where the option takes several."""
+    hint = getattr(action, "_typehint", None)
+    several = any(typing.get_origin(one) is tuple for one in (hint, *typing.get_args(hint)))
+    return bool(NUMBERS.fullmatch(value) or (several and ONE_NUMBER.fullmatch(value)))
 
 
 def _check_config_files(parser: Parser, words: Sequence[str]) -> None:

@@ -1,10 +1,10 @@
 """Transforms of whole batches, each a pure function of (batch, generator); nothing hides in global state.
 
 A batch is {"image": float (B, C, H, W), "mask": int64 (B, H, W), "name": [...], "domain": [...]}. Where
-tiles differ in size, `collate` leaves "image" and "mask" as lists, and `random_crop`, `fit_to_size` or
-`resize` turn them into one tensor. Images hold raw values: what is made up at the border is 0 there and
-`IGNORE` in the mask, so that it is never learned from. Random numbers come from the generator alone, on its
-own device; work happens on the device of the images.
+tiles differ in size, `collate` and `random_scale` leave "image" and "mask" as lists, and `random_crop`,
+`fit_to_size` or `resize` turn them into one tensor. Images hold raw values: what is made up at the border is
+0 there and `IGNORE` in the mask, so that it is never learned from. Random numbers come from the generator
+alone, on its own device; work happens on the device of the images.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rsmodels.data.schema import IGNORE
 Batch = dict[str, Any]
 Size = int | tuple[int, int]
 LUMA = (0.299, 0.587, 0.114)
+CROP_ATTEMPTS = 10
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> Batch:
@@ -90,19 +91,62 @@ def fit_to_size(batch: Batch, size: Size, mode: Literal["pad", "resize"] = "pad"
     return _each(batch, centre)
 
 
-def random_crop(batch: Batch, size: Size, generator: torch.Generator) -> Batch:
-    """A window of `size` from every tile, uniformly placed; a smaller tile is padded, as `IGNORE`."""
+def random_scale(batch: Batch, size: Size, scale: tuple[float, float], generator: torch.Generator) -> Batch:
+    """Resize every tile so that its short side is a random share of the shorter side of `size`.
+
+    scale: least and largest share, drawn uniformly between them; (0.5, 2) is CrossEarth's and Rein's recipe
+    The long side stays within twice the largest short side, as in their code: an elongated tile is resized to
+    that instead. The result is two lists: tiles differ in size now.
+    """
+    low, high = scale
+    side = min(_pair(size))
+    draws = torch.rand(len(batch["image"]), generator=generator, device=generator.device).tolist()
+    images, masks = [], []
+    for image, mask, draw in zip(batch["image"], batch["mask"], draws, strict=True):
+        short, long = sorted(mask.shape)
+        factor = min(side * (low + (high - low) * draw) / short, 2 * side * high / long)
+        resized = tuple(max(1, round(length * factor)) for length in mask.shape)
+        images.append(resize_image(image, resized))
+        masks.append(resize_mask(mask, resized))
+    return {**batch, "image": images, "mask": masks}
+
+
+def random_crop(
+    batch: Batch, size: Size, generator: torch.Generator, *, max_class_share: float | None = None
+) -> Batch:
+    """A window of `size` from every tile, uniformly placed; a smaller tile is padded, as `IGNORE`.
+
+    max_class_share: take the first of ten windows in which no class has more than this share of the labelled
+        pixels, and the last of them where none is so mixed
+    """
     height, width = _pair(size)
-    draws = torch.rand(len(batch["image"]), 2, generator=generator, device=generator.device).tolist()
+    attempts = 1 if max_class_share is None else CROP_ATTEMPTS
+    # All at once: how many of them are looked at must not move the random numbers of what comes after.
+    draws = torch.rand(
+        attempts, len(batch["image"]), 2, generator=generator, device=generator.device
+    ).tolist()
 
     def window(image: Tensor, mask: Tensor, index: int) -> tuple[Tensor, Tensor]:
         room_y = max(0, mask.shape[-2] - height)
         room_x = max(0, mask.shape[-1] - width)
-        top = min(room_y, int(draws[index][0] * (room_y + 1)))
-        left = min(room_x, int(draws[index][1] * (room_x + 1)))
+        for attempt in draws:
+            top = min(room_y, int(attempt[index][0] * (room_y + 1)))
+            left = min(room_x, int(attempt[index][1] * (room_x + 1)))
+            if max_class_share is None or not (room_y or room_x):
+                break  # there is nothing to choose from
+            if largest_class_share(mask[top : top + height, left : left + width]) <= max_class_share:
+                break
         return _cut(image, mask, top, left, height, width)
 
     return _each(batch, window)
+
+
+def largest_class_share(mask: Tensor) -> float:
+    """The most frequent class's share of the labelled pixels of `mask` (int64); 1 where none is labelled."""
+    labelled = mask[mask != IGNORE]
+    if not labelled.numel():
+        return 1.0
+    return labelled.bincount().max().item() / labelled.numel()
 
 
 def random_flip(

@@ -144,14 +144,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model, info = load_model(config.model, device=device)
-    dataset = _open_dataset(config, model.preprocessing)
+    dataset = open_dataset(config, model.preprocessing)
     # A model saved without class names is held against their number alone.
     if info.get("classes") and tuple(info["classes"]) != dataset.schema.classes:
         raise ValueError(
             f"{config.model}: trained on the classes {', '.join(info['classes'])}; data set {config.data!r} "
             f"has {', '.join(dataset.schema.classes)}: evaluate on data of the model's classes"
         )
-    indices = _indices(config, dataset)
+    indices = domain_indices(config, dataset)
     evaluation = evaluate_model(
         model,
         dataset,
@@ -182,7 +182,8 @@ def report_folder(config: EvaluateConfig) -> Path:
     return Path(config.report) if config.report else Path(config.model).resolve().parent / "report"
 
 
-def _open_dataset(config: EvaluateConfig, preprocessing: Preprocessing) -> SegmentationDataset:
+def open_dataset(config: EvaluateConfig, preprocessing: Preprocessing) -> SegmentationDataset:
+    """The split that `config` names, with the bands asked for, or else the model's."""
     options = dict(config.data_args)
     bands = config.bands or preprocessing.bands
     if bands is not None and "bands" in dataset_options(config.data):
@@ -197,7 +198,8 @@ def _makes_domains(data: str) -> bool:
     return "domain" in dataset_options(data)
 
 
-def _indices(config: EvaluateConfig, dataset: SegmentationDataset) -> Sequence[int]:
+def domain_indices(config: EvaluateConfig, dataset: SegmentationDataset) -> Sequence[int]:
+    """The images of the domain that `config` names, or all; ValueError where there are none."""
     domain = config.domain
     if domain is None or _makes_domains(config.data):
         return range(len(dataset))

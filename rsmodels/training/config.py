@@ -50,8 +50,14 @@ PUBLISHED: dict[str, Any] = {"lr": 5e-3, "weight_decay": 0.1}
 
 @dataclass
 class LoaderConfig:
-    """How samples of the data set become batches. The paper augments nothing."""
+    """How samples of the data set become batches. RS-SAM augments nothing."""
 
+    scale: tuple[float, float] | None = None
+    """Resize training tiles at random before they are cropped: least and largest short side, as shares of
+    --image-size, such as 0.5,2 (default: tiles keep their size)."""
+    max_class_share: float | None = None
+    """Look at up to ten random crops for one in which no class has more than this share of the labelled
+    pixels (default: the first crop is taken)."""
     flip: bool = False
     """Mirror training tiles at random, left to right and top to bottom."""
     photometric: bool = False
@@ -210,7 +216,7 @@ def _teacher(config: TrainConfig, model: str) -> str | None:
                 f"--teacher-args.{name}: has its own option: --teacher, --image-size, --teacher-fit or "
                 "--teacher-weights"
             )
-    random = [name for name in ("flip", "photometric") if getattr(config.loader, name)]
+    random = [name for name in ("scale", "flip", "photometric") if getattr(config.loader, name)]
     if config.teacher_cache is not None and random:
         raise ValueError(
             f"--teacher-cache {config.teacher_cache}: --loader.{random[0]} changes tiles at random, so that "
@@ -284,6 +290,13 @@ def _check_numbers(config: TrainConfig) -> None:
     if config.optim.warmup_start is not None and config.optim.warmup_start > 1:
         raise ValueError(
             f"--optim.warmup-start is a share of --optim.lr, at most 1, not {config.optim.warmup_start}"
+        )
+    scale, share = config.loader.scale, config.loader.max_class_share
+    if scale is not None and not 0 < scale[0] <= scale[1]:
+        raise ValueError(f"--loader.scale must be two shares above 0, the smaller first, not {list(scale)}")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(
+            f"--loader.max-class-share is a share of the pixels, above 0 and at most 1, not {share}"
         )
     if not all(0 <= beta < 1 for beta in config.optim.betas):
         raise ValueError(f"--optim.betas must lie in [0, 1), not {list(config.optim.betas)}")

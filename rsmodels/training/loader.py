@@ -23,6 +23,7 @@ from rsmodels.data.transforms import (
     photometric,
     random_crop,
     random_flip,
+    random_scale,
 )
 from rsmodels.training.config import LoaderConfig
 from rsmodels.training.parallel import detach_reader
@@ -60,7 +61,9 @@ class Tiles(Dataset):
             batch = fit_to_size(batch, self.size)
             return batch if sample.counts else {**batch, "mask": torch.full_like(batch["mask"], IGNORE)}
         generator = torch.Generator().manual_seed(derive_seed(self.seed, Purpose.AUGMENT, sample.position))
-        batch = random_crop(batch, self.size, generator)
+        if self.options.scale is not None:
+            batch = random_scale(batch, self.size, self.options.scale, generator)
+        batch = random_crop(batch, self.size, generator, max_class_share=self.options.max_class_share)
         if self.options.flip:
             batch = random_flip(batch, generator)
         if self.options.photometric:

@@ -81,6 +81,8 @@ def test_both_spellings_nested_options_flags_and_lists() -> None:
     assert (config.batch_size, config.image_size, config.steps, config.debug) == (3, 64, 5, True)
     assert config.optim.lr == 1e-4 and config.optim.weight_decay == 0
     assert tuple(config.bands or ()) == (3, 2, 1)
+    assert tuple(parse("train", "train", commands.train, ["--bands", "4"]).bands or ()) == (4,)
+    assert tuple(parse("train", "train", commands.train, ["--bands=4"]).bands or ()) == (4,)
     betas = parse("train", "train", commands.train, ["--optim.betas", "0.9,0.95"]).optim.betas
     assert tuple(betas) == (0.9, 0.95)
     assert parse("train", "train", commands.train, ["--debug", "false"]).debug is False

@@ -9,9 +9,11 @@ from rsmodels.data.schema import IGNORE
 from rsmodels.data.transforms import (
     collate,
     fit_to_size,
+    largest_class_share,
     photometric,
     random_crop,
     random_flip,
+    random_scale,
     resize,
     resize_image,
     resize_mask,
@@ -73,6 +75,8 @@ def test_random_crops_reach_every_corner():
     "transform",
     [
         lambda batch, g: random_crop(batch, 8, g),
+        lambda batch, g: random_crop(batch, 8, g, max_class_share=0.75),
+        lambda batch, g: random_crop(random_scale(batch, 8, (0.5, 2.0), g), 8, g),
         lambda batch, g: random_flip(batch, g),
         lambda batch, g: photometric(batch, g),
     ],
@@ -89,6 +93,79 @@ def test_the_generator_decides_everything_and_the_input_is_left_alone(transform)
     assert torch.equal(batch["image"], before)
     others = [transform(batch, generator(seed))["image"] for seed in range(4, 12)]
     assert any(not torch.equal(first["image"], other) for other in others)
+
+
+def test_scaling_keeps_image_and_mask_together():
+    batch = collate([sample(30, 40) for _ in range(40)])
+    out = random_scale(batch, 20, (0.5, 2.0), generator())
+    shapes = [tuple(mask.shape) for mask in out["mask"]]
+    assert [tuple(image.shape[1:]) for image in out["image"]] == shapes
+    assert all(10 <= short <= 40 and abs(long - short * 4 / 3) <= 1 for short, long in shapes)
+    shorts = sorted(short for short, _ in shapes)
+    assert shorts[0] < 14 and shorts[-1] > 36 and sum(short < 25 for short in shorts) in range(11, 30)
+    # What the mask says of a place is what the image shows there, up to interpolation.
+    flat = sample(30, 40)
+    flat["mask"] = (torch.arange(40).expand(30, 40) >= 20).long()
+    flat["image"] = flat["mask"].float().expand(3, -1, -1) * 100
+    for seed in range(4):
+        out = random_scale(collate([flat]), 20, (0.5, 2.0), generator(seed))
+        assert ((out["image"][0][0] > 50).long() == out["mask"][0]).float().mean() > 0.94
+    cropped = random_crop(out, 24, generator())
+    assert cropped["image"].shape == (1, 3, 24, 24)
+
+
+def test_an_elongated_tile_is_not_blown_up():
+    out = random_scale(collate([sample(4, 400)]), 20, (2.0, 2.0), generator())
+    assert tuple(out["mask"][0].shape) == (1, 80)
+    with pytest.raises(ValueError, match="not a number of pixels"):
+        random_scale(collate([sample(4, 4)]), 0, (1.0, 1.0), generator())
+
+
+def two_classes() -> dict:
+    """Class 1 in the right fifth of the tile, class 0 elsewhere; a corner that is not labelled."""
+    tile = sample(20, 40)
+    tile["mask"] = (torch.arange(40).expand(20, 40) >= 32).long()
+    tile["mask"][:4, :4] = IGNORE
+    return tile
+
+
+def test_crops_of_one_class_are_drawn_again():
+    mixed = [0, 0]
+    for seed in range(60):
+        batch = collate([two_classes()])
+        first = random_crop(batch, 10, generator(seed))["mask"]
+        taken = random_crop(batch, 10, generator(seed), max_class_share=0.75)["mask"]
+        for which, mask in enumerate((first, taken)):
+            mixed[which] += largest_class_share(mask) <= 0.75
+        if largest_class_share(first) <= 0.75:
+            assert torch.equal(first, taken), "the first window that will do is taken"
+    assert mixed[0] < 20 and mixed[1] > 35  # one window in six will do
+
+
+def test_a_tile_of_one_class_is_cropped_all_the_same():
+    tile = sample(20, 20)
+    tile["mask"] = torch.zeros(20, 20, dtype=torch.long)
+    empty = sample(20, 20)
+    empty["mask"] = torch.full((20, 20), IGNORE)
+    out = random_crop(collate([tile, empty]), 8, generator(), max_class_share=0.75)
+    assert out["mask"].shape == (2, 8, 8)
+    small = random_crop(collate([sample(6, 6)]), 8, generator(), max_class_share=0.01)
+    assert (small["mask"] == IGNORE).sum() == 28
+
+
+def test_later_numbers_do_not_depend_on_how_many_crops_were_looked_at():
+    after = []
+    for tile in (two_classes(), {**sample(20, 40), "mask": torch.zeros(20, 40, dtype=torch.long)}):
+        own = generator(5)
+        random_crop(collate([tile]), 10, own, max_class_share=0.75)
+        after.append(torch.rand(1, generator=own))
+    assert torch.equal(*after)
+
+
+def test_the_share_of_the_largest_class_counts_labelled_pixels():
+    mask = torch.tensor([[0, 0, 0, 2], [IGNORE, IGNORE, IGNORE, IGNORE]])
+    assert largest_class_share(mask) == 0.75
+    assert largest_class_share(torch.full((2, 2), IGNORE)) == 1
 
 
 def test_flips_are_flips():

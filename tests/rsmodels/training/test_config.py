@@ -63,6 +63,14 @@ def run(config: TrainConfig) -> int:
             {"method": "ktda", "teacher_cache": "maps", "loader": LoaderConfig(flip=True)},
             "--teacher-cache maps: --loader.flip changes tiles at random",
         ),
+        (
+            {"method": "ktda", "teacher_cache": "maps", "loader": LoaderConfig(scale=(0.5, 2.0))},
+            "--teacher-cache maps: --loader.scale changes tiles at random",
+        ),
+        ({"loader": LoaderConfig(scale=(2.0, 0.5))}, "--loader.scale must be two shares above 0"),
+        ({"loader": LoaderConfig(scale=(0.0, 1.0))}, "the smaller first, not [0.0, 1.0]"),
+        ({"loader": LoaderConfig(max_class_share=0.0)}, "--loader.max-class-share is a share"),
+        ({"loader": LoaderConfig(max_class_share=75.0)}, "at most 1, not 75.0"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(options: dict[str, Any], expected: str) -> None:

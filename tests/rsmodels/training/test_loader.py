@@ -31,11 +31,32 @@ def same(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> bool:
 
 
 def test_batches_depend_on_the_position_not_on_the_process_that_reads_them() -> None:
-    options = LoaderConfig(flip=True, photometric=True)
+    options = LoaderConfig(scale=(0.5, 2.0), max_class_share=0.75, flip=True, photometric=True)
     here = first_batches(Tiles(small_set(), (24, 24), options, seed=3))
     assert here[0]["image"].shape == (3, 3, 24, 24) and here[0]["mask"].shape == (3, 24, 24)
     assert same(here, first_batches(Tiles(small_set(), (24, 24), options, seed=3), workers=2))
     assert not same(here, first_batches(Tiles(small_set(), (24, 24), options, seed=4)))
+
+
+def test_scaling_and_choosing_crops_change_training_tiles_only() -> None:
+    dataset = small_set()
+    recipe = LoaderConfig(scale=(0.5, 2.0), max_class_share=0.75)
+    (plain,) = first_batches(Tiles(dataset, (24, 24), LoaderConfig(), seed=3), steps=1)
+    for options in (LoaderConfig(scale=(0.5, 2.0)), LoaderConfig(max_class_share=0.4), recipe):
+        (changed,) = first_batches(Tiles(dataset, (24, 24), options, seed=3), steps=1)
+        assert changed["image"].shape == plain["image"].shape and changed["name"] == plain["name"]
+        assert not torch.equal(changed["image"], plain["image"])
+    validation = [Tiles(dataset, (24, 24), options) for options in (LoaderConfig(), recipe)]
+    first, second = (tiles.__getitems__([Sample(0), Sample(1)]) for tiles in validation)
+    assert isinstance(first, dict) and isinstance(second, dict) and same([first], [second])
+
+
+def test_a_run_that_resumes_gets_the_same_tiles() -> None:
+    options = LoaderConfig(scale=(0.5, 2.0), max_class_share=0.75, flip=True, photometric=True)
+    whole = first_batches(Tiles(small_set(), (24, 24), options, seed=3), steps=5)
+    tiles = Tiles(small_set(), (24, 24), options, seed=3)
+    sampler = StepSampler(6, seed=1, batch_size=3, first_step=2, steps=5)
+    assert same(whole[2:], list(batches(make_loader(tiles, sampler, workers=0, device=CPU))))
 
 
 def test_reading_draws_nothing_from_the_global_generator() -> None:
