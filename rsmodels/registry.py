@@ -350,7 +350,7 @@ def load_model(
     loaded.preprocessing = Preprocessing(tuple(info["mean"]), tuple(info["std"]), bands and tuple(bands))
     state = read_state(weights_path)
     if "image_size" in overrides:
-        loaded.resize_state(state)
+        loaded.resize_state(state, saved_size=info.get("image_size"))
     _load_whole(loaded, state, weights_path, f"{info['model']} {json.dumps(info['arguments'])}")
     return loaded.to(device).eval(), info
 

@@ -4,6 +4,7 @@ The teacher itself is the backbone; neck, UPerNet and the auxiliary head are KTD
 Shapes: B batch, K classes, H/W pixels, D encoder embedding, h/w the encoder's grid.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -124,9 +125,11 @@ class DinoUPerNet(nn.Module):
         """Load a DINOv2 checkpoint (a file or a hub id) into the backbone; print and return the report."""
         return self.backbone.load_pretrained(source)
 
-    def resize_state(self, state: dict[str, Tensor]) -> dict[str, str]:
+    def resize_state(
+        self, state: dict[str, Tensor], *, saved_size: Sequence[int] | None = None
+    ) -> dict[str, str]:
         """Fit another image size's state dict of this model to this one, in place; see DinoViT."""
-        return self.backbone.encoder.resize_state(state, prefix="backbone.encoder.")
+        return self.backbone.encoder.resize_state(state, prefix="backbone.encoder.", saved_size=saved_size)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Nothing to do: a frozen backbone keeps no activations."""

@@ -7,6 +7,7 @@ part of the model: training computes its maps and hands them over with the batch
 Shapes: B batch, K classes, H/W pixels, D teacher embedding, h/w the teacher's grid.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -228,7 +229,9 @@ class KTDA(nn.Module):
         """Load timm weights of the student (a file or a hub id); print and return the report."""
         return load_timm_stages(self, "student", source)
 
-    def resize_state(self, state: dict[str, Tensor]) -> dict[str, str]:
+    def resize_state(
+        self, state: dict[str, Tensor], *, saved_size: Sequence[int] | None = None
+    ) -> dict[str, str]:
         """Nothing of this model's weights depends on the image size."""
         return {}
 
