@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import rskernels
 from rskernels import tuning
 from rsmodels.data import IGNORE, SegmentationDataset, create_dataset
+from rsmodels.data.transforms import collate, fit_to_size
 from rsmodels.registry import Preprocessing, create_model
 from rsmodels.training.checkpoint import newest_first
 from rsmodels.training.config import OptimConfig, TrainConfig, run_of
@@ -214,6 +215,21 @@ def check_share(model: Any, config: TrainConfig, share: int) -> None:
             f"{starved[0]} of {config.model} cannot train on one value per channel; choose a larger "
             "--batch-size, a smaller --accumulate, or fewer ranks"
         )
+
+
+def check_labelled(dataset: SegmentationDataset, size: tuple[int, int]) -> None:
+    """A validation split without one labelled pixel is a ValueError: no loss could choose the best weights.
+
+    Asked before the first step. It reads as far as the first labelled tile, which as a rule is the first.
+    """
+    for index in range(len(dataset)):
+        if (fit_to_size(collate([dataset[index]]), size)["mask"] != IGNORE).any():
+            return
+    raise ValueError(
+        f"data set {dataset.name!r}: every pixel of its val split is {IGNORE}, not labelled ({len(dataset)} "
+        f"tiles, {size[0]}x{size[1]} pixels at the centre of each), and so nothing could tell the best weights; "
+        "check its masks and classes, or take a larger --image-size"
+    )
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
