@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rskernels
-from rsmodels.encoders.cnn import load_timm_stages, timm_stages
+from rsmodels.encoders.cnn import checkpoint_stages, load_timm_stages, stage_maps, timm_stages
 from rsmodels.heads.fcn import FCNHead
 from rsmodels.heads.ktda import NECK_SCALES, FeatureAlignment, FeatureModulation, MultiLevelNeck
 from rsmodels.heads.upernet import UPerNetHead
@@ -121,7 +121,8 @@ class KTDA(nn.Module):
         options = dict(student_options or {})
         if drop_path:
             options["drop_path_rate"] = drop_path
-        self.student = timm_stages(student, **options)
+        self.student_name = student
+        self.student = timm_stages(student, image_size=self.image_size, **options)
         channels = self.student.feature_info.channels()
         self.single_scale = scales == "single"
         used = channels[-1:] if self.single_scale else channels
@@ -159,7 +160,7 @@ class KTDA(nn.Module):
                 f"images of shape {tuple(images.shape)}: this model takes (B, 3, {height}, {width}); resize "
                 "or tile the images, or create the model with their image_size="
             )
-        stages = self.student(images)
+        stages = stage_maps(self.student, images)
         return self.align(stages[-1:] if self.single_scale else stages, self.grid_size)
 
     def _levels(self, aligned: list[Tensor]) -> list[Tensor]:
@@ -232,12 +233,12 @@ class KTDA(nn.Module):
     def resize_state(
         self, state: dict[str, Tensor], *, saved_size: Sequence[int] | None = None
     ) -> dict[str, str]:
-        """Nothing of this model's weights depends on the image size."""
+        """Nothing to do: where a student of timm's has weights that depend on the image size, they do not load."""
         return {}
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the student and of FMM in backward instead of keeping them."""
-        self.student.set_grad_checkpointing(enabled)
+        checkpoint_stages(self.student, self.student_name, enabled)
         if isinstance(self.modulation, FeatureModulation):
             self.modulation.activation_checkpointing = enabled
 

@@ -211,9 +211,15 @@ def test_what_is_saved_is_the_student_alone(tmp_path: Path) -> None:
         assert larger(torch.randn(1, 3, 96, 96)).shape == (1, 3, 96, 96)
 
 
-@pytest.mark.parametrize("student", ["resnet18", "mobilenetv3_small_050"])
-def test_other_students(student: str) -> None:
-    model = tiny(student=student).train()
+SWIN = {"depths": (1, 1, 1, 1), "embed_dim": 8, "num_heads": (1, 1, 2, 2)}
+
+
+@pytest.mark.parametrize(
+    "student, options",
+    [("resnet18", {}), ("mobilenetv3_small_050", {}), ("swin_tiny_patch4_window7_224", SWIN)],
+)
+def test_other_students(student: str, options: dict) -> None:
+    model = tiny(student=student, student_options=options).train()
     terms = model.losses(batch_for(model))
     sum(terms.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
