@@ -129,6 +129,12 @@ def test_it_is_table_5s() -> None:
     [
         ({"activation": "tanh"}, "activation='tanh'"),
         ({"aux_weight": -1}, "aux_weight=-1"),
+        ({"dropout": 1.5}, "dropout=1.5: expected a finite number of at least 0 and below 1"),
+        ({"neck_dim": 0}, "neck_dim=0"),
+        ({"head_dim": 0}, "head_dim=0"),
+        ({"aux_dim": -1}, "aux_dim=-1"),
+        ({"registers": -1}, "registers=-1: expected a finite number of at least 0"),
+        ({"mean": (1.0, 2.0)}, r"mean=\(1.0, 2.0\): expected 3 values"),
         ({"fit": "crop"}, "fit='crop'"),
         ({"image_size": 80}, "image_size=80: .*multiple of 32"),
     ],

@@ -225,6 +225,12 @@ def test_other_students(student: str, options: dict) -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_the_tiny_student_keeps_its_sizes() -> None:
+    model = tiny(student_options={"ls_init_value": None})
+    assert model.student.feature_info.channels() == [24, 48, 96, 128]
+    assert len(list(model.student.parameters())) < len(list(tiny().student.parameters()))
+
+
 def test_other_teachers() -> None:
     model = tiny(teacher_dim=64, patch_size=16)
     assert model.grid_size == (4, 4) and tiny().grid_size == (5, 5)
@@ -265,6 +271,18 @@ def test_without_a_teacher_it_says_what_is_missing() -> None:
         ({"activation": "tanh"}, "activation='tanh'"),
         ({"kl_weight": -1}, "kl_weight=-1"),
         ({"temperature": 0}, "temperature=0"),
+        ({"temperature": float("nan")}, "temperature=nan: expected a finite number above 0"),
+        ({"mse_weight": float("inf")}, "mse_weight=inf: expected a finite number of at least 0"),
+        ({"drop_path": 1.5}, "drop_path=1.5: expected a finite number of at least 0 and below 1"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"teacher_dim": 0}, "teacher_dim=0: expected a finite number of at least 1"),
+        ({"neck_dim": 0}, "neck_dim=0"),
+        ({"head_dim": -3}, "head_dim=-3"),
+        ({"aux_dim": 0}, "aux_dim=0"),
+        ({"fmm_heads": 0}, "fmm_heads=0"),
+        ({"mean": (1.0, 2.0, 3.0, 4.0)}, r"mean=\(1.0, 2.0, 3.0, 4.0\): expected 3 values, one for each band"),
+        ({"student_options": {"in_chans": 4}, "bands": (3, 2, 1)}, r"bands=\(3, 2, 1\): expected 4 values"),
+        ({"std": (1.0, float("nan"), 1.0)}, "expected finite numbers, and std above 0"),
         ({"fmm_depth": -1}, "fmm_depth=-1"),
         ({"fmm_heads": 3}, "fmm_heads=3.* divide 128"),
         ({"image_size": 80}, "image_size=80: .*multiple of 32"),
