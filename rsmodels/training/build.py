@@ -217,6 +217,24 @@ def check_share(model: Any, config: TrainConfig, share: int) -> None:
         )
 
 
+def describe_frozen(model: Any) -> list[str]:
+    """What the reader should know of weights that nothing has taught and that training will not change."""
+    if model.base_weights is not None:
+        return []
+    stuck = 0
+    for block in model.blocks_to_shard():
+        frozen = sum(p.numel() for p in block.parameters() if not p.requires_grad)
+        # Under LoRA single matrices of a block that learns are frozen: most of the others are not.
+        if 2 * frozen > sum(p.numel() for p in block.parameters()):
+            stuck += frozen
+    if not stuck:
+        return []
+    return [
+        f"{model.model_name}: {stuck / 1e6:.1f} M of its parameters are random and stay so, as they are "
+        "frozen; give their checkpoint with --pretrained"
+    ]
+
+
 def check_labelled(dataset: SegmentationDataset, size: tuple[int, int]) -> None:
     """A validation split without one labelled pixel is a ValueError: no loss could choose the best weights.
 
@@ -227,8 +245,8 @@ def check_labelled(dataset: SegmentationDataset, size: tuple[int, int]) -> None:
             return
     raise ValueError(
         f"data set {dataset.name!r}: every pixel of its val split is {IGNORE}, not labelled ({len(dataset)} "
-        f"tiles, {size[0]}x{size[1]} pixels at the centre of each), and so nothing could tell the best weights; "
-        "check its masks and classes, or take a larger --image-size"
+        f"tiles, {size[0]}x{size[1]} pixels at the centre of each), and so nothing could tell the best "
+        "weights; check its masks and classes, or take a larger --image-size"
     )
 
 

@@ -123,6 +123,7 @@ class Trainer:
         self.first_step = 0
         self.best = {"loss": math.inf, "step": 0}
         notes += self._resume(resume_from) if resume_from else []
+        notes += build.describe_frozen(self.model)
         if no_test:
             notes.append(f"the report will look at the validation images: {no_test}")
 

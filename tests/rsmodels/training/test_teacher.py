@@ -135,6 +135,33 @@ def test_random_weights_are_said(ktda: MakeConfig, capsys: pytest.CaptureFixture
     assert "learning from dinov2_vit_tiny" in said and "which are random" in said
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"method": "dinov2-upernet"}, "dinov2_upernet_tiny: 0.8 M of its parameters are random and stay so"),
+        ({"model_args": {"freeze_encoder": True}}, "rs_sam_tiny: 0."),
+        ({}, ""),
+        ({"method": "ktda"}, ""),
+    ],
+)
+def test_random_weights_that_are_frozen_are_said(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str], options: dict[str, Any], said: str
+) -> None:
+    Trainer(make_config(**options), ALONE).log.close()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "random and stay so" in line]
+    assert len(lines) == bool(said) and all(line.startswith(said) and "--pretrained" in line for line in lines)
+
+
+def test_frozen_weights_of_a_file_need_no_word(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor do they in the run that goes on, which reads no such file."""
+    options: dict[str, Any] = {"method": "dinov2-upernet", "pretrained": save_teacher(tmp_path / "dinov2.pth", 1)}
+    train(make_config(steps=1, **options))
+    train(make_config(steps=2, resume="auto", **options))
+    assert "random" not in capsys.readouterr().err
+
+
 def test_bf16_trains_close_to_fp32(ktda: MakeConfig) -> None:
     exact, rounded = (losses(train(ktda(folder=dtype, dtype=dtype, steps=1))) for dtype in ("fp32", "bf16"))
     assert rounded == pytest.approx(exact, rel=2e-2) and rounded != exact
