@@ -73,3 +73,19 @@ def check_numbers(
             least = f"above {low}" if above else f"of at least {low}"
             most = "" if high == math.inf else f" and {'below' if below else 'at most'} {high}"
             raise ValueError(f"{name}={value}: expected a finite number {least}{most}")
+
+
+class ImageSizeError(ValueError):
+    """A size of images, one number or (H, W), that a model cannot be built for."""
+
+    def __init__(self, size: Any, multiple_of: int) -> None:
+        super().__init__(
+            f"image_size={size}: expected one size or (H, W), in pixels, each a positive multiple of "
+            f"{multiple_of}; resize or tile the images to such a size"
+        )
+        self.size, self.multiple_of = size, multiple_of
+
+    def under(self, option: str) -> ValueError:
+        """The same of the option that a user gave the size by."""
+        expected = f"a positive multiple of {self.multiple_of}, in pixels"
+        return ValueError(f"{option} {self.size}: expected {expected}")

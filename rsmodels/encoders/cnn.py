@@ -38,9 +38,9 @@ def timm_stages(name: str, *, image_size: tuple[int, int] | None = None, **optio
             f"student {name!r}: its last stages are at 1/{', 1/'.join(map(str, reductions))} of the input; "
             "expected four at 1/4, 1/8, 1/16 and 1/32, as those of convnext_base or resnet50"
         )
-    if network.output_fmt not in LAYOUTS:
+    if _layout(network) not in LAYOUTS:
         raise ValueError(
-            f"student {name!r}: hands out its stages as {network.output_fmt.value}; expected maps, "
+            f"student {name!r}: hands out its stages as {_layout(network)}; expected maps, "
             f"{' or '.join(LAYOUTS)}, as those of convnext_base or swin_tiny_patch4_window7_224"
         )
     return network
@@ -49,7 +49,7 @@ def timm_stages(name: str, *, image_size: tuple[int, int] | None = None, **optio
 def stage_maps(network: Any, images: Tensor) -> list[Tensor]:
     """The maps (B, C_i, ·, ·) that a network of timm_stages gives, channels first however it keeps them."""
     maps = network(images)
-    return [level.permute(0, 3, 1, 2) for level in maps] if network.output_fmt == "NHWC" else maps
+    return [level.permute(0, 3, 1, 2) for level in maps] if _layout(network) == "NHWC" else maps
 
 
 def checkpoint_stages(network: Any, name: str, enabled: bool) -> None:
@@ -69,9 +69,12 @@ def checkpoint_stages(network: Any, name: str, enabled: bool) -> None:
         )
 
 
-def load_timm_stages(model: nn.Module, part: str, source: str) -> LoadReport:
+def load_timm_stages(model: nn.Module, part: str, source: str, *, advice: str = "") -> LoadReport:
     """Load timm's weights of a whole network into the feature pyramid `part` of `model`; print and return the
-    report. What comes behind the last stage, such as the classifier, is dropped."""
+    report. What comes behind the last stage, such as the classifier, is dropped.
+
+    advice: where else a file of another network may belong.
+    """
     path = resolve(source)
     network = model.get_submodule(part)
     stages = _whole(network)
@@ -79,8 +82,14 @@ def load_timm_stages(model: nn.Module, part: str, source: str) -> LoadReport:
     own = {key.replace(".", "_"): key for key in stages.state_dict()}
     children = tuple(f"{name}_" for name, child in stages.named_children() if child.state_dict())
     report = LoadReport(str(source), sha256_of(path))
-    state = {}
-    for key, value in read_state(path).items():
+    state, found = {}, read_state(path)
+    matching = sum(key.replace(".", "_") in own for key in found)
+    if 2 * matching < len(own):
+        raise ValueError(
+            f"{source}: not weights of this {part} (first keys: {', '.join(list(found)[:3])}); give timm's "
+            f"of that network{advice}"
+        )
+    for key, value in found.items():
         flat = key.replace(".", "_")
         if flat in own or flat.startswith(children):
             state[own.get(flat, key)] = value
@@ -94,3 +103,8 @@ def load_timm_stages(model: nn.Module, part: str, source: str) -> LoadReport:
 def _whole(network: Any) -> Any:
     """The network itself: timm takes most apart into their stages, and wraps the others whole as `.model`."""
     return getattr(network, "model", network)
+
+
+def _layout(network: Any) -> str:
+    layout = getattr(network, "output_fmt", LAYOUTS[0])
+    return getattr(layout, "value", layout)

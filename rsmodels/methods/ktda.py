@@ -207,7 +207,9 @@ class KTDA(Segmenter):
 
     def load_pretrained(self, source: str) -> LoadReport:
         """Load timm weights of the student (a file or a hub id); print and return the report."""
-        return load_timm_stages(self, "student", source)
+        return load_timm_stages(
+            self, "student", source, advice=f", {self.student_name}; a teacher's go to --teacher-weights"
+        )
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the student and of FMM in backward instead of keeping them."""

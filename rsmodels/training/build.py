@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import rskernels
 from rskernels import tuning
+from rsmodels.arguments import ImageSizeError
 from rsmodels.data import IGNORE, SegmentationDataset, create_dataset
 from rsmodels.data.transforms import collate, fit_to_size
 from rsmodels.registry import Preprocessing, create_model
@@ -134,13 +135,16 @@ def build_model(config: TrainConfig, dataset: SegmentationDataset, *, resuming: 
     first = dataset[0]["image"]
     size = config.image_size or max(32, min(*first.shape[-2:], LARGEST_DEFAULT_SIZE) // 32 * 32)
     seed_everything(derive_seed(config.seed, Purpose.WEIGHTS))
-    model = create_model(
-        str(config.model),
-        num_classes=dataset.schema.num_logits,
-        image_size=size,
-        pretrained=None if resuming else config.pretrained,
-        **config.model_args,
-    )
+    try:
+        model = create_model(
+            str(config.model),
+            num_classes=dataset.schema.num_logits,
+            image_size=size,
+            pretrained=None if resuming else config.pretrained,
+            **config.model_args,
+        )
+    except ImageSizeError as error:
+        raise error.under("--image-size") from None
     expected = len(model.preprocessing.mean)
     if len(first) != expected:
         adapts = "in_chans" in inspect.signature(type(model)).parameters
