@@ -42,7 +42,7 @@ TABLE: dict[str, dict[str, dict[torch.dtype, tuple[str, ...]]]] = {
 
 def _load_extension() -> str:
     """Import rskernels._C; '' when it is usable, else the reason why not."""
-    if os.environ.get("RSKERNELS_DISABLE_EXT", "") not in ("", "0"):
+    if os.environ.get("RSKERNELS_DISABLE_EXT", "").lower() not in ("", "0", "false", "no", "off"):
         return "is switched off by RSKERNELS_DISABLE_EXT"
     try:
         _C = importlib.import_module("rskernels._C")

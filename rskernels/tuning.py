@@ -27,6 +27,8 @@ PASSES = ("forward", "grad_input", "grad_weight")
 # The order is that of shape_class in csrc/cpu/linear.h.
 SHAPES = tuple(f"{form}/{size}" for form in ("wide", "few", "thin") for size in ("small", "medium", "large"))
 KEYS = tuple(f"{dtype}/{which}/{shape}" for dtype in DTYPES for which in PASSES for shape in SHAPES)
+# Multiply-adds below which a product is small; kSmallWork in csrc/cpu/linear.h.
+SMALL_WORK = 1 << 22
 
 _table: dict[str, str] = {}
 _small: dict[str, str] = {}
@@ -116,7 +118,14 @@ def describe() -> list[str]:
     """What explain() prints about the table."""
     taken = sorted({key.rsplit("/", 2)[0] for key, product in _table.items() if product == "onednn"})
     source = f"{_source} ({_cause})" if _cause else _source
-    return [f"linear's products: {source}; through oneDNN for {', '.join(taken) if taken else 'nothing'}"]
+    direct = [dtype for dtype in DTYPES if serves_small(dtype) == "aten"]
+    if dispatch.get_backend() != "auto":
+        direct = []  # what was chosen by name serves every call
+    return [
+        f"linear's products: {source}; through oneDNN for {', '.join(taken) if taken else 'nothing'}",
+        f"linear's small calls, below {SMALL_WORK:,} multiply-adds and not compiled: "
+        + (f"PyTorch directly for {', '.join(direct)}" if direct else "as all others"),
+    ]
 
 
 def _checked(saved: Any, source: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
-"""Whether options that a user names fit the builder they are for: names and types, said in one line."""
+"""Whether what a user asks for fits what is built: names, types and numbers, said in one line."""
 
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -49,3 +50,42 @@ def _fits(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    """ValueError where the argument `name` is none of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+
+
+def check_numbers(
+    low: float, high: float = math.inf, /, *, above: bool = False, below: bool = False, **values: float | None
+) -> None:
+    """ValueError where one of the arguments `values` is not a finite number from `low` to `high`.
+
+    above, below: `low` itself, `high` itself is out of range. None, an argument left open, passes.
+    """
+    for name, value in values.items():
+        if value is None:
+            continue
+        fits = (value > low if above else value >= low) and (value < high if below else value <= high)
+        if not (fits and math.isfinite(value)):
+            least = f"above {low}" if above else f"of at least {low}"
+            most = "" if high == math.inf else f" and {'below' if below else 'at most'} {high}"
+            raise ValueError(f"{name}={value}: expected a finite number {least}{most}")
+
+
+class ImageSizeError(ValueError):
+    """A size of images, one number or (H, W), that a model cannot be built for."""
+
+    def __init__(self, size: Any, multiple_of: int) -> None:
+        super().__init__(
+            f"image_size={size}: expected one size or (H, W), in pixels, each a positive multiple of "
+            f"{multiple_of}; resize or tile the images to such a size"
+        )
+        self.size, self.multiple_of = size, multiple_of
+
+    def under(self, option: str) -> ValueError:
+        """The same of the option that a user gave the size by."""
+        expected = f"a positive multiple of {self.multiple_of}, in pixels"
+        return ValueError(f"{option} {self.size}: expected {expected}")

@@ -25,6 +25,7 @@ from rasterio.windows import Window
 from torch import Tensor
 from tqdm import tqdm
 
+from rsmodels.arguments import ImageSizeError
 from rsmodels.data.raster import BLOCK, Scale, Scene, create_on_grid, gdal
 from rsmodels.data.schema import IGNORE
 from rsmodels.data.tiling import Tile, TileGrid, blend_rows
@@ -157,7 +158,10 @@ class _Mapper:
             raise ValueError(f"batch size {batch_size} is not at least 1")
         chosen = pick_device(device)
         overrides: dict[str, Any] = {} if tile is None else {"image_size": tile}
-        loaded, info = load_model(model, device=chosen, **overrides)
+        try:
+            loaded, info = load_model(model, device=chosen, **overrides)
+        except ImageSizeError as error:
+            raise error.under("tile") from None
         ids = range(max(loaded.num_classes, 2))
         return cls(
             model=loaded,

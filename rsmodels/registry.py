@@ -9,6 +9,7 @@ import difflib
 import fnmatch
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,10 +71,10 @@ class Preprocessing:
             raise ValueError(
                 f"mean {self.mean}, std {self.std}, bands {self.bands}: expected one value per band in each"
             )
-        if min(self.std) <= 0 or (self.bands is not None and min(self.bands) < 1):
-            raise ValueError(
-                f"std {self.std}, bands {self.bands}: expected std above 0 and bands counted from 1"
-            )
+        if not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std) <= 0:
+            raise ValueError(f"mean {self.mean}, std {self.std}: expected finite numbers, and std above 0")
+        if self.bands is not None and min(self.bands) < 1:
+            raise ValueError(f"bands {self.bands}: expected bands counted from 1")
 
     def normalize(self, images: Tensor) -> Tensor:
         """Raw (B, C, H, W) values, already in the model's band order → float32 (images − mean) / std."""
@@ -85,6 +86,10 @@ class Preprocessing:
         mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
         return (images.float() - mean) / std
+
+
+# In 8-bit units; the statistics of timm's networks, of SAM and of DINOv2.
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 @overload
@@ -356,7 +361,7 @@ def load_model(
     loaded.preprocessing = Preprocessing(tuple(info["mean"]), tuple(info["std"]), bands and tuple(bands))
     state = read_state(weights_path)
     if "image_size" in overrides:
-        loaded.resize_state(state)
+        loaded.resize_state(state, saved_size=info.get("image_size"))
     _load_whole(loaded, state, weights_path, f"{info['model']} {json.dumps(info['arguments'])}")
     return loaded.to(device).eval(), info
 

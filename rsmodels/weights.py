@@ -91,8 +91,8 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+)?", str(source)) and not owner.startswith(".")
     if not is_hub_id or Path(name).suffix in SUFFIXES:
         raise FileNotFoundError(
-            f"{source}: no such file; give a checkpoint ({', '.join(SUFFIXES)}) or a hub id such as "
-            "timm/samvit_base_patch16.sa1b"
+            f"{source}: no such file; give a checkpoint ({', '.join(SUFFIXES)}) or a hub id, OWNER/NAME or "
+            "OWNER/NAME/FILE"
         )
     try:
         from huggingface_hub import hf_hub_download

@@ -23,7 +23,6 @@ from rskernels.library import (
     once_differentiable,
 )
 
-SMALL_WORK = 1 << 22  # kSmallWork in csrc/cpu/linear.h
 ACTIVATIONS = (None, "gelu", "gelu_tanh", "relu")
 
 
@@ -67,7 +66,7 @@ def _too_small_to_gain(x: Tensor, weight: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and get_backend() == "auto"
-        and x.numel() * weight.shape[0] < SMALL_WORK
+        and x.numel() * weight.shape[0] < tuning.SMALL_WORK
         and tuning.serves_small(str(x.dtype).removeprefix("torch.")) == "aten"
     )
 

@@ -46,6 +46,7 @@ def parse(command: str, summary: str, run: Callable[[Any], int], arguments: Sequ
     """The dataclass that `run` takes, filled from the command line.
 
     A field whose metadata says `positional` takes the words without an option: one, or for a list many.
+    The help of one whose metadata has `choices` ends with their names.
     Raises UsageError, or SystemExit after --help.
     """
     config_class = typing.get_type_hints(run)["config"]
@@ -74,6 +75,10 @@ def _parser(command: str, summary: str, config_class: type) -> Parser:
             parser.set_defaults({field.name: field.default})
     parser.add_argument("--config", action="config", help="YAML file of options; those after it win")
     parser.add_class_arguments(config_class, skip={field.name for field in positional})
+    for field in dataclasses.fields(config_class):
+        if choices := field.metadata.get("choices"):
+            action = next(action for action in parser._actions if action.dest == field.name)
+            action.help = f"{str(action.help).removesuffix('.')}: {', '.join(sorted(choices))}"
     return parser
 
 

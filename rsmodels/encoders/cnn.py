@@ -2,23 +2,29 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from rsmodels.weights import LoadReport, load_part, read_state, resolve, sha256_of
 
 REDUCTIONS = [4, 8, 16, 32]
+# What timm calls the layouts of a map (timm.layers.Format).
+LAYOUTS = ("NCHW", "NHWC")
 
 
-def timm_stages(name: str, **options: Any) -> Any:
-    """timm's create_model(name, features_only=True): images → maps (B, C_i, ·, ·) at 1/4, 1/8, 1/16, 1/32.
+def timm_stages(name: str, *, image_size: tuple[int, int] | None = None, **options: Any) -> Any:
+    """timm's create_model(name, features_only=True): images → maps at 1/4, 1/8, 1/16, 1/32 (see stage_maps).
 
     Args:
         name: a timm model whose last four stages are at 1/4, 1/8, 1/16 and 1/32 of the input.
+        image_size: H and W of the images, for networks that are built for one size, as Swin's are.
         options: timm's own, e.g. drop_path_rate; weights are loaded by the caller.
     """
     import timm  # imports torchvision and Pillow, which other models do without
 
     try:
+        known = timm.get_pretrained_cfg(name)
+        if image_size is not None and known is not None and known.fixed_input_size:
+            options = {"img_size": image_size, **options}
         network: Any = timm.create_model(name, pretrained=False, features_only=True, out_indices=4, **options)
     except (RuntimeError, TypeError, AttributeError, IndexError, AssertionError) as error:
         reason = " ".join(str(error).split())
@@ -32,25 +38,73 @@ def timm_stages(name: str, **options: Any) -> Any:
             f"student {name!r}: its last stages are at 1/{', 1/'.join(map(str, reductions))} of the input; "
             "expected four at 1/4, 1/8, 1/16 and 1/32, as those of convnext_base or resnet50"
         )
+    if _layout(network) not in LAYOUTS:
+        raise ValueError(
+            f"student {name!r}: hands out its stages as {_layout(network)}; expected maps, "
+            f"{' or '.join(LAYOUTS)}, as those of convnext_base or swin_tiny_patch4_window7_224"
+        )
     return network
 
 
-def load_timm_stages(model: nn.Module, part: str, source: str) -> LoadReport:
+def stage_maps(network: Any, images: Tensor) -> list[Tensor]:
+    """The maps (B, C_i, ·, ·) that a network of timm_stages gives, channels first however it keeps them."""
+    maps = network(images)
+    return [level.permute(0, 3, 1, 2) for level in maps] if _layout(network) == "NHWC" else maps
+
+
+def checkpoint_stages(network: Any, name: str, enabled: bool) -> None:
+    """Recompute the activations of a network of timm_stages in backward; ValueError where it cannot."""
+    switch = getattr(network, "set_grad_checkpointing", None)
+    switch = switch or getattr(_whole(network), "set_grad_checkpointing", None)
+    try:
+        if switch is not None:
+            switch(enabled)
+            return
+    except AssertionError:  # how timm says that a network has none
+        pass
+    if enabled:
+        raise ValueError(
+            f"activation checkpointing: student {name!r} of timm has none; leave it out, or choose another "
+            "student, as convnext_base"
+        )
+
+
+def load_timm_stages(model: nn.Module, part: str, source: str, *, advice: str = "") -> LoadReport:
     """Load timm's weights of a whole network into the feature pyramid `part` of `model`; print and return the
-    report. What comes behind the last stage, such as the classifier, is dropped."""
+    report. What comes behind the last stage, such as the classifier, is dropped.
+
+    advice: where else a file of another network may belong.
+    """
     path = resolve(source)
-    stages = model.get_submodule(part)
+    network = model.get_submodule(part)
+    stages = _whole(network)
     # timm flattens the names of a pyramid's stages: stages.0.blocks becomes stages_0.blocks.
     own = {key.replace(".", "_"): key for key in stages.state_dict()}
-    children = tuple(f"{name}_" for name, _ in stages.named_children())
+    children = tuple(f"{name}_" for name, child in stages.named_children() if child.state_dict())
     report = LoadReport(str(source), sha256_of(path))
-    state = {}
-    for key, value in read_state(path).items():
+    state, found = {}, read_state(path)
+    matching = sum(key.replace(".", "_") in own for key in found)
+    if 2 * matching < len(own):
+        raise ValueError(
+            f"{source}: not weights of this {part} (first keys: {', '.join(list(found)[:3])}); give timm's "
+            f"of that network{advice}"
+        )
+    for key, value in found.items():
         flat = key.replace(".", "_")
         if flat in own or flat.startswith(children):
             state[own.get(flat, key)] = value
         else:
             report.dropped[key] = "behind the last stage"
-    load_part(stages, state, report, part)
+    load_part(stages, state, report, part if stages is network else f"{part}.model")
     report.finish(model)
     return report
+
+
+def _whole(network: Any) -> Any:
+    """The network itself: timm takes most apart into their stages, and wraps the others whole as `.model`."""
+    return getattr(network, "model", network)
+
+
+def _layout(network: Any) -> str:
+    layout = getattr(network, "output_fmt", LAYOUTS[0])
+    return getattr(layout, "value", layout)

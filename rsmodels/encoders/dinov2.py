@@ -8,6 +8,7 @@ rskernels.rel_pos_attention without tables, the token sequence as a grid of one 
 Shapes: B batch, H/W pixels, h/w patches, R registers, N = 1 + R + h·w tokens, D embedding.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -135,24 +136,28 @@ class DinoViT(nn.Module):
         self.norm = nn.Identity()  # every parameter left is used
         return FeatureBackbone(self, out_indices, reduction=self.patch_size)
 
-    def resize_state(self, state: dict[str, Tensor], prefix: str = "") -> dict[str, str]:
+    def resize_state(
+        self, state: dict[str, Tensor], prefix: str = "", *, saved_size: Sequence[int] | None = None
+    ) -> dict[str, str]:
         """Fit patch and position embeddings in `state` to this model, in place; the changed keys, each with
-        how. Position embeddings come from a square grid."""
+        how.
+
+        saved_size: H and W of the images that the state is for, in pixels; they tell the grid of its
+            positions (a rest of a patch counts as one). Without it that grid has to be a square.
+        """
         changed = {}
-        key = f"{prefix}patch_embed.proj.weight"
+        patch_size, key = self.patch_size, f"{prefix}patch_embed.proj.weight"
         if key in state and state[key].shape[-1] != self.patch_size:
-            changed[key] = f"patch {state[key].shape[-1]} → {self.patch_size}, bicubic"
+            patch_size = state[key].shape[-1]
+            changed[key] = f"patch {patch_size} → {self.patch_size}, bicubic"
             state[key] = resize_patch_embedding(state[key], self.patch_size)
         key = f"{prefix}pos_embed"
-        if key in state and state[key].shape[1] != self.pos_embed.shape[1]:
-            side = round((state[key].shape[1] - 1) ** 0.5)
-            if side * side != state[key].shape[1] - 1:
-                raise ValueError(
-                    f"{key} has {state[key].shape[1]} rows; expected a square grid of positions after the "
-                    "class token's, to resize it from"
-                )
-            changed[key] = f"{side}x{side} → {self.grid_size[0]}x{self.grid_size[1]} patches, bicubic"
-            state[key] = resize_position_embedding(state[key], side, self.grid_size, self.antialias)
+        if key in state:
+            grid = saved_grid(key, state[key], patch_size, saved_size)
+            if grid != self.grid_size:
+                h, w = self.grid_size
+                changed[key] = f"{grid[0]}x{grid[1]} → {h}x{w} patches, bicubic"
+                state[key] = resize_position_embedding(state[key], grid, self.grid_size, self.antialias)
         return changed
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
@@ -230,11 +235,34 @@ def resize_patch_embedding(weight: Tensor, patch_size: int) -> Tensor:
     return resized.to(weight.dtype)
 
 
+def saved_grid(
+    key: str, pos_embed: Tensor, patch_size: int, saved_size: Sequence[int] | None
+) -> tuple[int, int]:
+    """The grid (h, w) of the position embeddings `key`; ValueError where nothing says it for certain."""
+    rows = pos_embed.shape[1] - 1
+    if saved_size is not None:
+        grid = -(-saved_size[0] // patch_size), -(-saved_size[1] // patch_size)
+        if grid[0] * grid[1] != rows:
+            raise ValueError(
+                f"{key} has {rows} positions after the class token's; images of {saved_size[0]}x"
+                f"{saved_size[1]} pixels have {grid[0]}x{grid[1]} patches of {patch_size}; keep model.json "
+                "and model.safetensors of one save together"
+            )
+        return grid
+    side = math.isqrt(rows)
+    if side * side != rows:
+        raise ValueError(
+            f"{key} has {rows} positions after the class token's; expected a square grid, as nothing says "
+            "the grid of this state; load a saved model by its folder, with rsmodels.load_model"
+        )
+    return side, side
+
+
 def resize_position_embedding(
-    pos_embed: Tensor, side: int, grid_size: tuple[int, int], antialias: bool
+    pos_embed: Tensor, saved: tuple[int, int], grid_size: tuple[int, int], antialias: bool
 ) -> Tensor:
-    """(1, 1 + side², D) → (1, 1 + h·w, D), bicubic; the class token's row stays."""
-    grid = pos_embed[:, 1:].float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    """(1, 1 + saved h·w, D) → (1, 1 + h·w, D), bicubic; the class token's row stays."""
+    grid = pos_embed[:, 1:].float().unflatten(1, saved).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=grid_size, mode="bicubic", antialias=antialias, align_corners=False)
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
 

@@ -283,9 +283,11 @@ class CrossEarth(nn.Module):
         """Load a checkpoint of the encoder (a file or a hub id); print and return the report."""
         return self.encoder.load_pretrained(source)
 
-    def resize_state(self, state: dict[str, Tensor]) -> dict[str, str]:
+    def resize_state(
+        self, state: dict[str, Tensor], *, saved_size: Sequence[int] | None = None
+    ) -> dict[str, str]:
         """Fit another image size's state dict of this model to this one, in place: positions, prompt."""
-        changed = self.encoder.resize_state(state, prefix="encoder.")
+        changed = self.encoder.resize_state(state, prefix="encoder.", saved_size=saved_size)
         return changed | ({} if self.mim is None else self.mim.resize_state(state, prefix="mim."))
 
 

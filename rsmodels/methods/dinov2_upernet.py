@@ -4,24 +4,24 @@ The teacher itself is the backbone; neck, UPerNet and the auxiliary head are KTD
 Shapes: B batch, K classes, H/W pixels, D encoder embedding, h/w the encoder's grid.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from rsmodels.arguments import check_numbers
 from rsmodels.heads.fcn import FCNHead
 from rsmodels.heads.ktda import NECK_SCALES, MultiLevelNeck
 from rsmodels.heads.upernet import UPerNetHead
-from rsmodels.layers import image_size_pair, resize
-from rsmodels.methods.losses import ACTIVATIONS, decoder_losses, to_probabilities
+from rsmodels.layers import resize
+from rsmodels.methods.base import Segmenter
+from rsmodels.methods.losses import decoder_losses
 from rsmodels.methods.teacher import Teacher
-from rsmodels.registry import Preprocessing, register_method, register_model
+from rsmodels.registry import register_method, register_model
 from rsmodels.weights import LoadReport
 
-# ImageNet's, in 8-bit units.
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
-
-class DinoUPerNet(nn.Module):
+class DinoUPerNet(Segmenter):
     """images (B, 3, H, W), normalised → logits (B, K, H, W).
 
     Args:
@@ -36,10 +36,6 @@ class DinoUPerNet(nn.Module):
         activation: "softmax" over the classes, or "sigmoid" for each.
         mean, std, bands: the model's Preprocessing; ImageNet's statistics unless given.
     """
-
-    model_name: str
-    arguments: dict[str, Any]
-    base_weights: str | None
 
     def __init__(
         self,
@@ -61,16 +57,18 @@ class DinoUPerNet(nn.Module):
         std: tuple[float, ...] | None = None,
         bands: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}")
-        if aux_weight < 0:
-            raise ValueError(f"aux_weight={aux_weight}: expected a weight of at least 0")
-        self.image_size = image_size_pair(image_size, multiple_of=32)
-        self.num_classes = num_classes
-        self.activation = activation
+        check_numbers(0, aux_weight=aux_weight)
+        check_numbers(0, 1, below=True, dropout=dropout)
+        check_numbers(1, neck_dim=neck_dim, head_dim=head_dim, aux_dim=aux_dim)
+        super().__init__(
+            num_classes=num_classes,
+            image_size=image_size,
+            activation=activation,
+            mean=mean,
+            std=std,
+            bands=bands,
+        )
         self.aux_weight = aux_weight
-        self.preprocessing = Preprocessing(tuple(mean or MEAN), tuple(std or STD), bands)
 
         self.backbone = Teacher(
             encoder, image_size=self.image_size, fit=fit, patch_size=patch_size, registers=registers
@@ -86,12 +84,7 @@ class DinoUPerNet(nn.Module):
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """What the decoder sees: (B, ·, ·, ·) at 4, 2, 1 and 1/2 times the encoder's grid."""
-        if images.shape[-2:] != self.image_size:
-            height, width = self.image_size
-            raise ValueError(
-                f"images of shape {tuple(images.shape)}: this model takes (B, 3, {height}, {width}); resize "
-                "or tile the images, or create the model with their image_size="
-            )
+        self.check_images(images)
         return self.neck(self.backbone(images))
 
     def losses_and_logits(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
@@ -108,14 +101,6 @@ class DinoUPerNet(nn.Module):
         )
         return terms, logits
 
-    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The terms of losses_and_logits."""
-        return self.losses_and_logits(batch)[0]
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K, H, W) logits → probabilities in [0, 1]; they sum to 1 only under softmax."""
-        return to_probabilities(logits, activation=self.activation)
-
     def blocks_to_shard(self) -> list[nn.Module]:
         """The modules that FSDP wraps one by one."""
         return [*self.backbone.encoder.blocks, self.head]
@@ -124,9 +109,11 @@ class DinoUPerNet(nn.Module):
         """Load a DINOv2 checkpoint (a file or a hub id) into the backbone; print and return the report."""
         return self.backbone.load_pretrained(source)
 
-    def resize_state(self, state: dict[str, Tensor]) -> dict[str, str]:
+    def resize_state(
+        self, state: dict[str, Tensor], *, saved_size: Sequence[int] | None = None
+    ) -> dict[str, str]:
         """Fit another image size's state dict of this model to this one, in place; see DinoViT."""
-        return self.backbone.encoder.resize_state(state, prefix="backbone.encoder.")
+        return self.backbone.encoder.resize_state(state, prefix="backbone.encoder.", saved_size=saved_size)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Nothing to do: a frozen backbone keeps no activations."""

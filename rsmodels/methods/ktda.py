@@ -13,18 +13,18 @@ import torch
 from torch import Tensor, nn
 
 import rskernels
-from rsmodels.encoders.cnn import load_timm_stages, timm_stages
+from rsmodels.arguments import check_choice, check_numbers
+from rsmodels.encoders.cnn import checkpoint_stages, load_timm_stages, stage_maps, timm_stages
 from rsmodels.heads.fcn import FCNHead
 from rsmodels.heads.ktda import NECK_SCALES, FeatureAlignment, FeatureModulation, MultiLevelNeck
 from rsmodels.heads.upernet import UPerNetHead
-from rsmodels.layers import image_size_pair, resize
-from rsmodels.methods.losses import ACTIVATIONS, decoder_losses, to_probabilities
+from rsmodels.layers import resize
+from rsmodels.methods.base import Segmenter
+from rsmodels.methods.losses import decoder_losses
 from rsmodels.methods.teacher import teacher_grid
-from rsmodels.registry import Preprocessing, register_method, register_model
+from rsmodels.registry import register_method, register_model
 from rsmodels.weights import LoadReport
 
-# timm's ImageNet statistics, in 8-bit units.
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 SCALES = ("multi", "single")
 FMM_POSITIONS = ("before_neck", "after_neck")
 # Options of rskernels.distillation_loss: eq. (2), and what the authors' code computes instead.
@@ -34,7 +34,7 @@ KL: dict[str, dict[str, Any]] = {
 }
 
 
-class KTDA(nn.Module):
+class KTDA(Segmenter):
     """images (B, 3, H, W), normalised → logits (B, K, H, W).
 
     Args:
@@ -59,10 +59,6 @@ class KTDA(nn.Module):
         activation: "softmax" over the classes, or "sigmoid" for each.
         mean, std, bands: the model's Preprocessing; ImageNet's statistics unless given.
     """
-
-    model_name: str
-    arguments: dict[str, Any]
-    base_weights: str | None
 
     def __init__(
         self,
@@ -93,34 +89,35 @@ class KTDA(nn.Module):
         std: tuple[float, ...] | None = None,
         bands: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__()
-        for name, value, allowed in (
-            ("scales", scales, SCALES),
-            ("fmm_position", fmm_position, FMM_POSITIONS),
-            ("kl", kl, tuple(KL)),
-            ("activation", activation, ACTIVATIONS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
-        if min(kl_weight, mse_weight, aux_weight) < 0 or temperature <= 0:
-            raise ValueError(
-                f"kl_weight={kl_weight}, mse_weight={mse_weight}, aux_weight={aux_weight}, "
-                f"temperature={temperature}: expected weights of at least 0 and a temperature above 0"
-            )
-        self.image_size = image_size_pair(image_size, multiple_of=32)
+        check_choice("scales", scales, SCALES)
+        check_choice("fmm_position", fmm_position, FMM_POSITIONS)
+        check_choice("kl", kl, KL)
+        check_numbers(0, kl_weight=kl_weight, mse_weight=mse_weight, aux_weight=aux_weight)
+        check_numbers(0, above=True, temperature=temperature)
+        check_numbers(0, 1, below=True, drop_path=drop_path, dropout=dropout)
+        check_numbers(0, fmm_depth=fmm_depth)
+        check_numbers(1, fmm_heads=fmm_heads, teacher_dim=teacher_dim)
+        check_numbers(1, neck_dim=neck_dim, head_dim=head_dim, aux_dim=aux_dim)
+        options = dict(student_options or {})
+        super().__init__(
+            num_classes=num_classes,
+            image_size=image_size,
+            activation=activation,
+            channels=options.get("in_chans", 3),
+            mean=mean,
+            std=std,
+            bands=bands,
+        )
         self.teacher_dim = teacher_dim
         self.grid_size = teacher_grid(self.image_size, patch_size)
-        self.num_classes = num_classes
-        self.activation = activation
         self.transfers = transfer and max(kl_weight, mse_weight) > 0
         self.kl, self.temperature = KL[kl], temperature
         self.kl_weight, self.mse_weight, self.aux_weight = kl_weight, mse_weight, aux_weight
-        self.preprocessing = Preprocessing(tuple(mean or MEAN), tuple(std or STD), bands)
 
-        options = dict(student_options or {})
         if drop_path:
             options["drop_path_rate"] = drop_path
-        self.student = timm_stages(student, **options)
+        self.student_name = student
+        self.student = timm_stages(student, image_size=self.image_size, **options)
         channels = self.student.feature_info.channels()
         self.single_scale = scales == "single"
         used = channels[-1:] if self.single_scale else channels
@@ -129,11 +126,8 @@ class KTDA(nn.Module):
         self.align = FeatureAlignment(used, dim)
         self.fmm_first = fmm_position == "before_neck"
         fmm_dim, fmm_scales = (dim, len(used)) if self.fmm_first else (width, len(NECK_SCALES))
-        if fmm_depth < 0 or fmm_heads < 1 or (fmm_depth and fmm_dim % fmm_heads):
-            raise ValueError(
-                f"fmm_depth={fmm_depth}, fmm_heads={fmm_heads}: expected a depth of at least 0 and heads "
-                f"that divide {fmm_dim}"
-            )
+        if fmm_depth and fmm_dim % fmm_heads:
+            raise ValueError(f"fmm_heads={fmm_heads}: expected heads that divide {fmm_dim}")
         self.modulation = (
             FeatureModulation(fmm_dim, scales=fmm_scales, depth=fmm_depth, num_heads=fmm_heads)
             if fmm_depth
@@ -152,13 +146,8 @@ class KTDA(nn.Module):
 
     def _aligned(self, images: Tensor) -> list[Tensor]:
         """The student's stages, aligned with the teacher's blocks: (B, D, h, w) each."""
-        if images.shape[-2:] != self.image_size:
-            height, width = self.image_size
-            raise ValueError(
-                f"images of shape {tuple(images.shape)}: this model takes (B, 3, {height}, {width}); resize "
-                "or tile the images, or create the model with their image_size="
-            )
-        stages = self.student(images)
+        self.check_images(images)
+        stages = stage_maps(self.student, images)
         return self.align(stages[-1:] if self.single_scale else stages, self.grid_size)
 
     def _levels(self, aligned: list[Tensor]) -> list[Tensor]:
@@ -187,10 +176,6 @@ class KTDA(nn.Module):
         )
         return terms, logits
 
-    def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """The terms of losses_and_logits."""
-        return self.losses_and_logits(batch)[0]
-
     def transfer_losses(self, aligned: list[Tensor], teacher: list[Tensor] | None) -> dict[str, Tensor]:
         """L_kt (eqs. 2, 3): the mean over scales of the KL and MSE terms, weighted."""
         if teacher is None:
@@ -215,10 +200,6 @@ class KTDA(nn.Module):
         weighted = {"kl": (self.kl_weight, kl), "mse": (self.mse_weight, mse)}
         return {name: weight * value for name, (weight, value) in weighted.items() if weight}
 
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K, H, W) logits → probabilities in [0, 1]; they sum to 1 only under softmax."""
-        return to_probabilities(logits, activation=self.activation)
-
     def blocks_to_shard(self) -> list[nn.Module]:
         """The modules that FSDP wraps one by one."""
         fmm = [] if isinstance(self.modulation, nn.Identity) else [*self.modulation.scales]
@@ -226,15 +207,13 @@ class KTDA(nn.Module):
 
     def load_pretrained(self, source: str) -> LoadReport:
         """Load timm weights of the student (a file or a hub id); print and return the report."""
-        return load_timm_stages(self, "student", source)
-
-    def resize_state(self, state: dict[str, Tensor]) -> dict[str, str]:
-        """Nothing of this model's weights depends on the image size."""
-        return {}
+        return load_timm_stages(
+            self, "student", source, advice=f", {self.student_name}; a teacher's go to --teacher-weights"
+        )
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the student and of FMM in backward instead of keeping them."""
-        self.student.set_grad_checkpointing(enabled)
+        checkpoint_stages(self.student, self.student_name, enabled)
         if isinstance(self.modulation, FeatureModulation):
             self.modulation.activation_checkpointing = enabled
 
@@ -263,8 +242,9 @@ def ktda_convnext_b(*, num_classes: int, image_size: int | tuple[int, int] = 256
 @register_model(teacher="dinov2_vit_tiny")
 def ktda_tiny(*, num_classes: int, image_size: int | tuple[int, int] = 128, **options: Any) -> KTDA:
     """KTDA small enough to train from scratch in minutes on a CPU, for the teacher dinov2_vit_tiny."""
-    own = {} if "student" in options else {"student_options": TINY_STUDENT}
-    return KTDA(num_classes=num_classes, image_size=image_size, **{**TINY, **own, **options})
+    if "student" not in options:
+        options["student_options"] = TINY_STUDENT | (options.get("student_options") or {})
+    return KTDA(num_classes=num_classes, image_size=image_size, **{**TINY, **options})
 
 
 # The decay is the authors' configuration's; the warm-up starts at this share of the rate.

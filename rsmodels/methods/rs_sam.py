@@ -4,6 +4,7 @@ Its baseline in the paper, SAMed (`sam_lora_*`), is the same model with all thre
 Shapes: B batch, K classes, H/W pixels, D encoder embedding, C decoder width, E width of the comparison.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -204,8 +205,11 @@ class RSSAM(nn.Module):
         self.encoder.set_activation_checkpointing(enabled)
         self.activation_checkpointing = enabled
 
-    def resize_state(self, state: dict[str, Tensor]) -> dict[str, str]:
-        """Fit another image size's state dict of this model to this one, in place; see SamViT."""
+    def resize_state(
+        self, state: dict[str, Tensor], *, saved_size: Sequence[int] | None = None
+    ) -> dict[str, str]:
+        """Fit another image size's state dict of this model to this one, in place; its own shapes tell that
+        size. See SamViT."""
         return self.encoder.resize_state(state, prefix="encoder.")
 
     def load_pretrained(self, source: str) -> LoadReport:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsmodels.arguments import check_choice, check_numbers
 from rsmodels.encoders.dinov2 import PATCH_SIZES, DinoViT
 from rsmodels.layers import image_size_pair
 from rsmodels.registry import ENCODERS, list_encoders, register_teacher
@@ -38,8 +39,8 @@ class Teacher(nn.Module):
         self, encoder: str, *, image_size: int | tuple[int, int], fit: str = "pad", **options: Any
     ) -> None:
         super().__init__()
-        if fit not in FITS:
-            raise ValueError(f"fit={fit!r}: expected one of {', '.join(FITS)}")
+        check_choice("fit", fit, FITS)
+        check_numbers(0, registers=options.get("registers"))
         patch = options.get("patch_size", 14)
         self.image_size = image_size_pair(image_size, multiple_of=1)
         self.grid_size = teacher_grid(self.image_size, patch)

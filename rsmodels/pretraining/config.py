@@ -8,10 +8,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from rsmodels.registry import Preprocessing, list_encoders
+from rsmodels.registry import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, list_encoders
 
-# ImageNet's, in 8-bit units, as SAM and DINOv2 and the methods on top of them normalise.
-PREPROCESSING = Preprocessing((123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+# As SAM and DINOv2 and the methods on top of them normalise.
+PREPROCESSING = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
 DEFAULT_MINUTES = 15.0
 # Options that may differ between a run and the one that goes on with it: they do not change what is learned.
 FREE = (

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from rsmodels.arguments import ImageSizeError
 from rsmodels.data.synthetic.gaps import left_out
 from rsmodels.evaluation.inference import pick_device, pick_dtype
 from rsmodels.pretraining.config import PREPROCESSING, PretrainConfig, Purpose, resolve
@@ -61,6 +62,7 @@ def pretrain(config: PretrainConfig) -> Pretrained:
     config = resolve(config)
     output = Path(config.output)
     if config.resume == "auto" and output.exists():
+        _check_finished(config)
         _say(f"{output}: is there already, nothing is left to do")
         return Pretrained(output, steps=0)
     resuming = config.resume == "auto" and config.state_path.exists()
@@ -85,7 +87,10 @@ def build_encoder(config: PretrainConfig) -> Any:
     """The encoder that a pretraining starts from."""
     size = {} if config.image_size is None else {"image_size": config.image_size}
     seed_everything(derive_seed(config.seed, Purpose.WEIGHTS))
-    encoder: Any = ENCODERS[config.model](**size)
+    try:
+        encoder: Any = ENCODERS[config.model](**size)
+    except ImageSizeError as error:
+        raise error.under("--image-size") from None
     encoder.neck = None  # SAM's: it follows the tokens that are learned from
     with torch.no_grad():
         for name, parameter in encoder.named_parameters():
@@ -229,32 +234,53 @@ class Run:
         start_moments(self.optimizer, self.first_step)
         own, found = self._tensors(), read_state(self.config.state_path)
         if own.keys() != found.keys() or any(own[key].shape != found[key].shape for key in own):
-            raise _foreign(self.config, "its tensors are not this run's")
+            raise _foreign(self.config.state_path, "its tensors are not this run's")
         for key, value in own.items():
             value.copy_(found[key])
 
 
+def _check_finished(config: PretrainConfig) -> None:
+    """ValueError where the output is there, and another run made it."""
+    output = Path(config.output)
+    text = _metadata(output, "pretraining")
+    if text is None:
+        raise ValueError(
+            f"--output {output}: no pretraining wrote this file; give another name, or remove it"
+        )
+    record = json.loads(text)
+    _check_same_run(config, record, record["steps"], output)
+
+
 def _read_progress(config: PretrainConfig) -> tuple[int, int]:
     """How far the stopped run came, and how far it was to go; ValueError where it was another run."""
-    read_state(config.state_path)  # says what is wrong with a damaged file
-    with safe_open(config.state_path, framework="pt") as file:
-        text = (file.metadata() or {}).get("progress")
+    text = _metadata(config.state_path, "progress")
     if text is None:
-        raise _foreign(config, "it is not the state of a pretraining")
+        raise _foreign(config.state_path, "it is not the state of a pretraining")
     progress = json.loads(text)
-    before, now = progress["config"], json.loads(json.dumps(config.identity()))
-    if config.steps is not None:
-        before, now = {**before, "steps": progress["steps"]}, {**now, "steps": config.steps}
-    for name in now:
-        if before.get(name) != now[name]:
-            raise _foreign(config, f"it was written with {name} {before.get(name)}, this run has {now[name]}")
+    _check_same_run(config, progress["config"], progress["steps"], config.state_path)
     return progress["done"], progress["steps"]
 
 
-def _foreign(config: PretrainConfig, reason: str) -> ValueError:
+def _metadata(path: Path, key: str) -> str | None:
+    read_state(path)  # says what is wrong with a damaged file
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {}).get(key)
+
+
+def _check_same_run(config: PretrainConfig, before: dict[str, Any], steps: int, path: Path) -> None:
+    """ValueError where the run that wrote `path`, over `steps` steps, is not this one."""
+    now = json.loads(json.dumps(config.identity()))
+    if config.steps is not None:
+        before, now = {**before, "steps": steps}, {**now, "steps": config.steps}
+    for name in now:
+        if before.get(name) != now[name]:
+            raise _foreign(path, f"it was written with {name} {before.get(name)}, this run has {now[name]}")
+
+
+def _foreign(path: Path, reason: str) -> ValueError:
     return ValueError(
-        f"{config.state_path}: {reason}; resume with the options the run was started with, or remove the "
-        "file to start anew"
+        f"{path}: {reason}; resume with the options the run was started with, or remove the file to start "
+        "anew"
     )
 
 

@@ -17,7 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import rskernels
 from rskernels import tuning
+from rsmodels.arguments import ImageSizeError
 from rsmodels.data import IGNORE, SegmentationDataset, create_dataset
+from rsmodels.data.transforms import collate, fit_to_size
 from rsmodels.registry import Preprocessing, create_model
 from rsmodels.training.checkpoint import newest_first
 from rsmodels.training.config import OptimConfig, TrainConfig, run_of
@@ -138,14 +140,17 @@ def build_model(config: TrainConfig, dataset: SegmentationDataset, *, resuming: 
     first = dataset[0]["image"]
     size = config.image_size or max(32, min(*first.shape[-2:], LARGEST_DEFAULT_SIZE) // 32 * 32)
     seed_everything(derive_seed(config.seed, Purpose.WEIGHTS))
-    model = create_model(
-        str(config.model),
-        num_classes=dataset.schema.num_logits,
-        image_size=size,
-        pretrained=None if resuming else config.pretrained,
-        state_follows=resuming,
-        **config.model_args,
-    )
+    try:
+        model = create_model(
+            str(config.model),
+            num_classes=dataset.schema.num_logits,
+            image_size=size,
+            pretrained=None if resuming else config.pretrained,
+            state_follows=resuming,
+            **config.model_args,
+        )
+    except ImageSizeError as error:
+        raise error.under("--image-size") from None
     expected = len(model.preprocessing.mean)
     if len(first) != expected:
         adapts = "in_chans" in inspect.signature(type(model)).parameters
@@ -221,6 +226,39 @@ def check_share(model: Any, config: TrainConfig, share: int) -> None:
             f"{starved[0]} of {config.model} cannot train on one value per channel; choose a larger "
             "--batch-size, a smaller --accumulate, or fewer ranks"
         )
+
+
+def describe_frozen(model: Any) -> list[str]:
+    """What the reader should know of weights that nothing has taught and that training will not change."""
+    if model.base_weights is not None:
+        return []
+    stuck = 0
+    for block in model.blocks_to_shard():
+        frozen = sum(p.numel() for p in block.parameters() if not p.requires_grad)
+        # Under LoRA single matrices of a block that learns are frozen: most of the others are not.
+        if 2 * frozen > sum(p.numel() for p in block.parameters()):
+            stuck += frozen
+    if not stuck:
+        return []
+    return [
+        f"{model.model_name}: {stuck / 1e6:.1f} M of its parameters are random and stay so, as they are "
+        "frozen; give their checkpoint with --pretrained"
+    ]
+
+
+def check_labelled(dataset: SegmentationDataset, size: tuple[int, int]) -> None:
+    """A validation split without one labelled pixel is a ValueError: no loss could choose the best weights.
+
+    Asked before the first step. It reads as far as the first labelled tile, which as a rule is the first.
+    """
+    for index in range(len(dataset)):
+        if (fit_to_size(collate([dataset[index]]), size)["mask"] != IGNORE).any():
+            return
+    raise ValueError(
+        f"data set {dataset.name!r}: every pixel of its val split is {IGNORE}, not labelled ({len(dataset)} "
+        f"tiles, {size[0]}x{size[1]} pixels at the centre of each), and so nothing could tell the best "
+        "weights; check its masks and classes, or take a larger --image-size"
+    )
 
 
 def make_optimizer(model: Any, config: OptimConfig) -> torch.optim.AdamW:

@@ -72,11 +72,10 @@ class LoaderConfig:
 class TrainConfig:
     """One training run."""
 
-    method: str = "rs-sam"
-    """Training recipe of a paper: rs-sam, or sam-lora, its baseline; ktda; crossearth, or rein, its
-    baseline."""
+    method: str = field(default="rs-sam", metadata={"choices": METHODS})
+    """Training recipe of a paper, or of its baseline."""
     model: str | None = None
-    """Size (tiny, vit_b, vit_l, vit_h; convnext_b for ktda) or a full name as `rsmodels models` lists them
+    """Size, as tiny, vit_b or convnext_b, or a full name as `rsmodels models` lists them
     (default: tiny for synthetic data, the paper's for any other)."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Arguments for the model, for example --model-args.mff false."""
@@ -84,7 +83,7 @@ class TrainConfig:
     """Checkpoint of the encoder to start from, for example sam_vit_b_01ec64.pth (default: random weights)."""
 
     teacher: str | None = None
-    """Frozen encoder that ktda learns from, such as dinov2_vit_b (default: the one the model is made for)."""
+    """Frozen encoder to learn from, such as dinov2_vit_b (default: the one the model is made for)."""
     teacher_weights: str | None = None
     """Checkpoint of the teacher, for example dinov2_vitb14_pretrain.pth (default: random weights)."""
     teacher_args: dict[str, Any] = field(default_factory=dict)

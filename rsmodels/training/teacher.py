@@ -145,7 +145,7 @@ def build_teacher(
             raise FileNotFoundError(f"--teacher-weights {error}") from None
     cache = None if config.teacher_cache is None else Path(config.teacher_cache)
     if cache is not None:
-        _check_tiles_come_again(cache, dataset, model.image_size)
+        _check_cache(cache, dataset, model.image_size)
     record = {"name": config.teacher, "arguments": config.teacher_args, "fit": config.teacher_fit}
     return FrozenTeacher(network.to(device), json.loads(json.dumps(record)), dtype=dtype, cache=cache)
 
@@ -179,8 +179,10 @@ def _check_fit(config: TrainConfig, model: Any, network: Any) -> None:
         )
 
 
-def _check_tiles_come_again(folder: Path, dataset: SegmentationDataset, size: tuple[int, int]) -> None:
-    """As far as the first tile can say."""
+def _check_cache(folder: Path, dataset: SegmentationDataset, size: tuple[int, int]) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--teacher-cache {folder}: is a file; give a folder")
+    # As far as the first tile can say.
     height, width = dataset[0]["mask"].shape
     if height > size[0] or width > size[1]:
         raise ValueError(

@@ -104,6 +104,7 @@ class Trainer:
             self.validate_every = config.validate_every or max(1, len(self.train_set) // config.batch_size)
             self.model = build.build_model(config, self.train_set, resuming=bool(resume_from))
             build.check_share(self.model, config, self.share)
+            build.check_labelled(self.val_set, self.model.image_size)
             self.teacher = build_teacher(config, self.model, self.train_set, ranks.device, self.dtype)
             notes += describe_teacher(config, self.teacher)
             self.identity = build.identity(self.model, self.train_set, self.teacher)
@@ -122,6 +123,7 @@ class Trainer:
         self.first_step = 0
         self.best = {"loss": math.inf, "step": 0}
         notes += self._resume(resume_from) if resume_from else []
+        notes += build.describe_frozen(self.model)
         if no_test:
             notes.append(f"the report will look at the validation images: {no_test}")
 
@@ -312,7 +314,7 @@ class Trainer:
         self.ranks.sum(sums)
         confusion.all_reduce()
         metrics = confusion.compute()
-        loss = (sums[0] / sums[1].clamp(min=1)).item()
+        loss = (sums[0] / sums[1]).item()
         self.log.write(
             "validation",
             done,
@@ -338,7 +340,7 @@ class Trainer:
                 "method": self.config.method,
                 "step": self.best["step"],
                 "validation_loss": self.best["loss"],
-                "validation_mean_iou": mean_iou,
+                "validation_mean_iou": None if math.isnan(mean_iou) else mean_iou,
                 "seed": self.config.seed,
                 "teacher": self.teacher and self.teacher.record,
                 "kernels": build.kernel_record(self.ranks.world),

@@ -210,7 +210,11 @@ def test_explain_in_other_surroundings(extension, run_python, tmp_path):
     table.write_text(json.dumps(tuning.record()))
     assert f"linear's products: {table};" in text(RSKERNELS_TUNING=str(table))
     rule = "linear's products: default rule"
-    assert f"{rule} (RSKERNELS_TUNING is 'off');" in text(RSKERNELS_TUNING="off")
+    ruled = text(RSKERNELS_TUNING="off")
+    assert f"{rule} (RSKERNELS_TUNING is 'off');" in ruled
+    small = "linear's small calls, below 4,194,304 multiply-adds and not compiled:"
+    assert f"{small} PyTorch directly for float32, bfloat16\n" in ruled
+    assert f"{small} as all others\n" in text(RSKERNELS_BACKEND="cpp")
     default = tmp_path / "rskernels" / "tuning.json"
     assert f"{rule} ({default} does not exist);" in text(XDG_CACHE_HOME=str(tmp_path))
     named = tmp_path / "named.json"
@@ -224,6 +228,8 @@ def test_explain_in_other_surroundings(extension, run_python, tmp_path):
     assert "extension: none, " in without and "bfloat16 tiles" not in without
     assert "  cpp: the extension rskernels._C is switched off by RSKERNELS_DISABLE_EXT" in without
     assert set(explained(without, "linear").values()) == {"reference"}
+    for word in ("", "0", "false", "Off"):
+        assert "extension: built against" in text(RSKERNELS_DISABLE_EXT=word)
 
 
 def test_explain_of_an_unknown_backend_is_an_error(monkeypatch, capsys):

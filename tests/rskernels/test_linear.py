@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import rskernels
 from rskernels import tuning
-from rskernels.ops.linear import ACTIVATIONS, SMALL_WORK, linear_reference
+from rskernels.ops.linear import ACTIVATIONS, linear_reference
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -314,7 +314,7 @@ def test_nan_stays_in_its_row(extension, product):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_eager_calls_go_straight_to_torch(extension, dtype):
     """There the call of an operator costs more than its product saves; the bits are the operator's."""
-    limit = SMALL_WORK
+    limit = tuning.SMALL_WORK
     assert extension.shape_class(limit // 64 // 64 - 1, 64, 64) != extension.shape_class(
         limit // 64 // 64, 64, 64
     )

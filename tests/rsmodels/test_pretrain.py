@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import rsmodels
@@ -228,6 +229,15 @@ def test_a_stopped_run_ends_with_the_same_bits(
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     # And what is done is done.
     assert pretrain(small(output, objective=objective, resume="auto")).steps == 0
+    for other, found in (({"seed": 9}, "seed 0, this run has 9"), ({"steps": 7}, "steps 5, this run has 7")):
+        with pytest.raises(ValueError, match=f"stopped.safetensors: it was written with {found}"):
+            pretrain(small(output, objective=objective, resume="auto", **other))
+
+
+def test_a_file_of_something_else_is_not_a_finished_run(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors: no pretraining wrote this file"):
+        pretrain(small(tmp_path / "other.safetensors", resume="auto"))
 
 
 def test_another_seed_is_another_encoder(tmp_path: Path) -> None:
@@ -323,7 +333,7 @@ def test_ctrl_c_is_130(
         ),
         (
             "--image-size 60",
-            "image_size=60: expected one size or (H, W), in pixels, each a positive multiple of 14",
+            "rsmodels: error: --image-size 60: expected a positive multiple of 14, in pixels",
         ),
         ("--image-size 28", "--image-size 28: too small to hide patches of 14 pixels in; give at least 42"),
         ("--leave-out climate=martian", "domain climate='martian' is unknown"),

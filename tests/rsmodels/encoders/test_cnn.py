@@ -8,9 +8,11 @@ import timm
 import torch
 from torch import nn
 
-from rsmodels.encoders.cnn import load_timm_stages, timm_stages
+from rsmodels.encoders.cnn import checkpoint_stages, load_timm_stages, stage_maps, timm_stages
 
 SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 20)}
+SWIN = {"depths": (1, 1, 1, 1), "embed_dim": 8, "num_heads": (1, 1, 2, 2)}
+TWINS = {"depths": (1, 1, 1, 1), "embed_dims": (8, 16, 24, 32), "num_heads": (1, 1, 2, 2)}
 
 
 @pytest.mark.parametrize(
@@ -19,24 +21,57 @@ SMALL = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 20)}
         ("convnext_atto", SMALL),
         ("resnet18", {"drop_path_rate": 0.1}),  # has a stem at 1/2 before its stages
         ("mobilenetv3_small_050", {}),
+        ("mambaout_femto", SMALL),  # channels last
+        ("swin_tiny_patch4_window7_224", SWIN),  # channels last, built for one size
+        ("twins_svt_small", TWINS),  # built for one size, and wrapped whole
     ],
 )
 def test_stages(name: str, options: dict) -> None:
-    stages = timm_stages(name, **options).eval()
+    stages = timm_stages(name, image_size=(64, 96), **options).eval()
     with torch.no_grad():
-        maps = stages(torch.randn(1, 3, 64, 96))
+        maps = stage_maps(stages, torch.randn(1, 3, 64, 96))
     assert [tuple(m.shape[-2:]) for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
     assert [m.shape[1] for m in maps] == stages.feature_info.channels()
+
+
+@pytest.mark.parametrize("name, options", [("swin_tiny_patch4_window7_224", SWIN), ("convnext_atto", SMALL)])
+def test_activation_checkpointing(name: str, options: dict) -> None:
+    torch.manual_seed(0)
+    stages = timm_stages(name, image_size=(64, 64), drop_path_rate=0.0, **options)
+    images = torch.randn(2, 3, 64, 64)
+    gradients = []
+    for enabled in (False, True):
+        checkpoint_stages(stages, name, enabled)
+        stages.zero_grad()
+        sum(level.square().mean() for level in stage_maps(stages, images)).backward()
+        gradients.append([p.grad.clone() for p in stages.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_student_without_checkpointing_says_so() -> None:
+    stages = timm_stages("twins_svt_small", image_size=(64, 64), **TWINS)
+    checkpoint_stages(stages, "twins_svt_small", False)
+    with pytest.raises(ValueError, match="student 'twins_svt_small' of timm has none") as error:
+        checkpoint_stages(stages, "twins_svt_small", True)
+    assert "\n" not in str(error.value)
 
 
 class Holder(nn.Module):
     def __init__(self, name: str, **options) -> None:
         super().__init__()
-        self.student = timm_stages(name, **options)
+        self.student = timm_stages(name, image_size=(64, 64), **options)
         self.rest = nn.Linear(2, 2)
 
 
-@pytest.mark.parametrize("name, options", [("convnext_atto", SMALL), ("mobilenetv3_small_050", {})])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("convnext_atto", SMALL),
+        ("mobilenetv3_small_050", {}),
+        ("swin_tiny_patch4_window7_224", {**SWIN, "img_size": 64}),
+        ("twins_svt_small", {**TWINS, "img_size": 64}),
+    ],
+)
 @torch.no_grad()
 def test_timms_weights_load(name: str, options: dict, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -46,7 +81,7 @@ def test_timms_weights_load(name: str, options: dict, tmp_path: Path) -> None:
     report = load_timm_stages(model, "student", str(tmp_path / "whole.pth"))
     image = torch.randn(1, 3, 64, 64)
     expected = theirs.forward_intermediates(image, indices=4, intermediates_only=True)
-    for a, b in zip(model.student(image), expected, strict=True):
+    for a, b in zip(stage_maps(model.student, image), expected, strict=True):
         torch.testing.assert_close(a, b)
     assert set(report.dropped.values()) == {"behind the last stage"} and len(report.dropped) >= 2
     assert report.initialised == ["rest.weight", "rest.bias"]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import SwiGLUPacked
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -219,3 +220,31 @@ def test_exports_and_compiles() -> None:
         torch.testing.assert_close(torch.export.export(encoder, (images,)).module()(images), expected)
         compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(images), expected)
+
+
+@pytest.mark.parametrize("size", ((84, 84), (126, 56), (70, 70)))
+def test_positions_of_a_grid_that_is_no_square(size: tuple[int, int]) -> None:
+    """4x9 patches are as many as 6x6 and 9x4: the count alone does not tell the grid."""
+    saved = draw(dinov2.dinov2_vit_tiny(image_size=(56, 126))).state_dict()
+    before = saved["pos_embed"].clone()
+    encoder = dinov2.dinov2_vit_tiny(image_size=size)
+    h, w = size[0] // 14, size[1] // 14
+    changed = encoder.resize_state(saved, saved_size=[56, 126])
+    assert changed == {"pos_embed": f"4x9 → {h}x{w} patches, bicubic"}
+    grid = before[0, 1:].T.reshape(1, 128, 4, 9)
+    expected = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(saved["pos_embed"][:, 1:], expected.flatten(2).transpose(1, 2))
+    assert torch.equal(saved["pos_embed"][:, 0], before[:, 0])
+
+
+def test_a_grid_that_nobody_tells_has_to_be_a_square() -> None:
+    wide = dinov2.dinov2_vit_tiny(image_size=(56, 112))  # 4x8
+    with pytest.raises(ValueError, match=r"pos_embed has 32 positions .*expected a square grid"):
+        wide.resize_state(wide.state_dict())
+    with pytest.raises(ValueError, match="images of 56x56 pixels have 4x4 patches of 14"):
+        wide.resize_state(wide.state_dict(), saved_size=(56, 56))
+    assert wide.resize_state(wide.state_dict(), saved_size=(56, 112)) == {}
+    square = dinov2.dinov2_vit_tiny(image_size=84).state_dict()
+    assert dinov2.dinov2_vit_tiny(image_size=(56, 126)).resize_state(square) == {
+        "pos_embed": "6x6 → 4x9 patches, bicubic"
+    }

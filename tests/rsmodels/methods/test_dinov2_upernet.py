@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import rsmodels
@@ -97,6 +98,17 @@ def test_saved_and_loaded_at_another_size(checkpoint: Path, tmp_path: Path) -> N
         assert other(torch.randn(1, 3, 96, 96)).shape == (1, 3, 96, 96)
 
 
+def test_wide_images_turned_into_tall_ones(tmp_path: Path) -> None:
+    """5x10 positions, of 64x128 pixels, become 10x5: as many, and others."""
+    model = tiny(image_size=(64, 128))
+    rsmodels.save_model(model, tmp_path / "best")
+    tall, _ = rsmodels.load_model(tmp_path / "best", image_size=(128, 64))
+    before, after = (m.backbone.encoder.pos_embed[:, 1:].transpose(1, 2) for m in (model, tall))
+    wide = before.unflatten(2, (5, 10))
+    expected = F.interpolate(wide, size=(10, 5), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(after.unflatten(2, (10, 5)), expected)
+
+
 def test_options_of_the_encoder() -> None:
     model = tiny(registers=4, patch_size=16, fit="resize")
     assert model.backbone.grid_size == (4, 4) and model.backbone.encoder.prefix_tokens == 5
@@ -117,6 +129,12 @@ def test_it_is_table_5s() -> None:
     [
         ({"activation": "tanh"}, "activation='tanh'"),
         ({"aux_weight": -1}, "aux_weight=-1"),
+        ({"dropout": 1.5}, "dropout=1.5: expected a finite number of at least 0 and below 1"),
+        ({"neck_dim": 0}, "neck_dim=0"),
+        ({"head_dim": 0}, "head_dim=0"),
+        ({"aux_dim": -1}, "aux_dim=-1"),
+        ({"registers": -1}, "registers=-1: expected a finite number of at least 0"),
+        ({"mean": (1.0, 2.0)}, r"mean=\(1.0, 2.0\): expected 3 values"),
         ({"fit": "crop"}, "fit='crop'"),
         ({"image_size": 80}, "image_size=80: .*multiple of 32"),
     ],

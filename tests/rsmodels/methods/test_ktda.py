@@ -211,12 +211,24 @@ def test_what_is_saved_is_the_student_alone(tmp_path: Path) -> None:
         assert larger(torch.randn(1, 3, 96, 96)).shape == (1, 3, 96, 96)
 
 
-@pytest.mark.parametrize("student", ["resnet18", "mobilenetv3_small_050"])
-def test_other_students(student: str) -> None:
-    model = tiny(student=student).train()
+SWIN = {"depths": (1, 1, 1, 1), "embed_dim": 8, "num_heads": (1, 1, 2, 2)}
+
+
+@pytest.mark.parametrize(
+    "student, options",
+    [("resnet18", {}), ("mobilenetv3_small_050", {}), ("swin_tiny_patch4_window7_224", SWIN)],
+)
+def test_other_students(student: str, options: dict) -> None:
+    model = tiny(student=student, student_options=options).train()
     terms = model.losses(batch_for(model))
     sum(terms.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_tiny_student_keeps_its_sizes() -> None:
+    model = tiny(student_options={"use_grn": True})
+    assert model.student.feature_info.channels() == [24, 48, 96, 128]
+    assert any("grn" in name for name, _ in model.student.named_parameters())
 
 
 def test_other_teachers() -> None:
@@ -259,6 +271,18 @@ def test_without_a_teacher_it_says_what_is_missing() -> None:
         ({"activation": "tanh"}, "activation='tanh'"),
         ({"kl_weight": -1}, "kl_weight=-1"),
         ({"temperature": 0}, "temperature=0"),
+        ({"temperature": float("nan")}, "temperature=nan: expected a finite number above 0"),
+        ({"mse_weight": float("inf")}, "mse_weight=inf: expected a finite number of at least 0"),
+        ({"drop_path": 1.5}, "drop_path=1.5: expected a finite number of at least 0 and below 1"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"teacher_dim": 0}, "teacher_dim=0: expected a finite number of at least 1"),
+        ({"neck_dim": 0}, "neck_dim=0"),
+        ({"head_dim": -3}, "head_dim=-3"),
+        ({"aux_dim": 0}, "aux_dim=0"),
+        ({"fmm_heads": 0}, "fmm_heads=0"),
+        ({"mean": (1.0, 2.0, 3.0, 4.0)}, r"mean=\(1.0, 2.0, 3.0, 4.0\): expected 3 values, one for each"),
+        ({"student_options": {"in_chans": 4}, "bands": (3, 2, 1)}, r"bands=\(3, 2, 1\): expected 4 values"),
+        ({"std": (1.0, float("nan"), 1.0)}, "expected finite numbers, and std above 0"),
         ({"fmm_depth": -1}, "fmm_depth=-1"),
         ({"fmm_heads": 3}, "fmm_heads=3.* divide 128"),
         ({"image_size": 80}, "image_size=80: .*multiple of 32"),
@@ -269,6 +293,13 @@ def test_bad_options_are_named(options: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match) as error:
         tiny(**options)
     assert "\n" not in str(error.value)
+
+
+def test_the_teachers_weights_are_not_the_students(tmp_path: Path) -> None:
+    torch.save(Teacher("dinov2_vit_tiny", image_size=SIZE).encoder.state_dict(), tmp_path / "dinov2.pth")
+    with pytest.raises(ValueError, match=r"dinov2.pth: not weights of this student \(first keys: ") as error:
+        tiny(pretrained=str(tmp_path / "dinov2.pth"))
+    assert "convnext_atto; a teacher's go to --teacher-weights" in str(error.value)
 
 
 def test_ignored_pixels_have_no_part() -> None:

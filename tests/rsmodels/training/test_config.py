@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from rsmodels.cli.options import parse
+from rsmodels.registry import METHODS
 from rsmodels.training.config import (
     LoaderConfig,
     OptimConfig,
@@ -187,3 +188,10 @@ def test_changed_options_names_nested_ones() -> None:
     after = to_dict(TrainConfig(steps=9, optim=OptimConfig(lr=0.1)))
     assert changed_options(before, after) == {"optim.lr": (None, 0.1), "steps": (5, 9)}
     assert asdict(TrainConfig()).keys() == before.keys()
+
+
+def test_the_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("train", "train", run, ["--help"])
+    said = "".join(capsys.readouterr().out.split())  # lines break at hyphens, too
+    assert f"ofitsbaseline:{','.join(sorted(METHODS))}" in said

@@ -135,6 +135,35 @@ def test_random_weights_are_said(ktda: MakeConfig, capsys: pytest.CaptureFixture
     assert "learning from dinov2_vit_tiny" in said and "which are random" in said
 
 
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"method": "dinov2-upernet"}, "dinov2_upernet_tiny: 0.8 M of its parameters are random and stay so"),
+        ({"model_args": {"freeze_encoder": True}}, "rs_sam_tiny: 0."),
+        ({}, ""),
+        ({"method": "ktda"}, ""),
+    ],
+)
+def test_random_weights_that_are_frozen_are_said(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str], options: dict[str, Any], said: str
+) -> None:
+    Trainer(make_config(**options), ALONE).log.close()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "random and stay so" in line]
+    assert len(lines) == bool(said)
+    assert all(line.startswith(said) and "--pretrained" in line for line in lines)
+
+
+def test_frozen_weights_of_a_file_need_no_word(
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor do they in the run that goes on, which reads no such file."""
+    weights = save_teacher(tmp_path / "dinov2.pth", 1)
+    options: dict[str, Any] = {"method": "dinov2-upernet", "pretrained": weights}
+    train(make_config(steps=1, **options))
+    train(make_config(steps=2, resume="auto", **options))
+    assert "random" not in capsys.readouterr().err
+
+
 def test_bf16_trains_close_to_fp32(ktda: MakeConfig) -> None:
     exact, rounded = (losses(train(ktda(folder=dtype, dtype=dtype, steps=1))) for dtype in ("fp32", "bf16"))
     assert rounded == pytest.approx(exact, rel=2e-2) and rounded != exact
@@ -182,7 +211,11 @@ def test_another_teacher_is_no_reason_to_go_on(ktda: MakeConfig, tmp_path: Path)
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({"teacher_weights": "/nowhere/dinov2.pth"}, "--teacher-weights /nowhere/dinov2.pth: no such file"),
+        (
+            {"teacher_weights": "/nowhere/dinov2.pth"},
+            "--teacher-weights /nowhere/dinov2.pth: no such file; give a checkpoint (.safetensors, .pth, "
+            ".pt, .bin) or a hub id, OWNER/NAME or OWNER/NAME/FILE",
+        ),
         (
             {"teacher": "dinov2_vit_s"},
             "--teacher dinov2_vit_s: its maps have 384 channels, ktda_tiny learns from 128",
@@ -205,6 +238,12 @@ def test_bad_input_is_one_line_and_leaves_no_run(
         train(ktda(**options))
     assert expected in str(error.value) and "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cache_is_a_folder(ktda: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "maps").write_text("")
+    with pytest.raises(ValueError, match=r"--teacher-cache .*maps: is a file; give a folder"):
+        train(ktda(teacher_cache=str(tmp_path / "maps")))
 
 
 def test_one_tile_per_pass_is_enough_without_batch_norms(make_config: MakeConfig) -> None:
