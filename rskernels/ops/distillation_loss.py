@@ -40,8 +40,8 @@ def distillation_loss(
         student, teacher: (B, C, h, w), any strides; contiguous, channels-last and sliced maps are read in
             place, each in its own layout. The teacher gets no gradient.
         axis: "channel" (one distribution per pixel) or "width" (one per batch, channel and image row).
-        temperature: T > 0. In float32 the rounding error of kl grows with T², as its parts cancel: by a factor of
-            1e-4 at T = 100, of 1e-2 at 1000, and at 1e4 little of it is right. Its gradient stays within 1e-3.
+        temperature: T > 0. In float32 the rounding error of kl grows with T², as its parts cancel: some
+            1e-4 of it at T = 100, 1e-2 at 1000, all of it at 1e4. Its gradient stays within 1e-2.
         reduction: count is the number of distributions (B·h·w, or B·C·h along the width) for "mean",
             B for "batchmean".
     Returns:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -85,6 +86,7 @@ def _parser(command: str, summary: str, config_class: type) -> Parser:
 def _normalise(parser: Parser, arguments: Sequence[str]) -> list[str]:
     """The arguments as jsonargparse wants them."""
     actions = {option: action for action in parser._actions for option in action.option_strings}
+    arguments = _join_nested(arguments, actions)
     result = []
     action: argparse.Action | None = None  # of the option before this word
     for position, argument in enumerate(arguments):
@@ -112,6 +114,40 @@ def _is_list(value: str, action: argparse.Action | None) -> bool:
     hint = getattr(action, "_typehint", None)
     several = any(typing.get_origin(one) is tuple for one in (hint, *typing.get_args(hint)))
     return bool(NUMBERS.fullmatch(value) or (several and ONE_NUMBER.fullmatch(value)))
+
+
+def _join_nested(arguments: Sequence[str], actions: Mapping[str, argparse.Action]) -> list[str]:
+    """--model-args.a.b 1 --model-args.a.c 2 as one --model_args.a: jsonargparse keeps the last alone."""
+    result: list[str] = []
+    nested: dict[str, dict[str, Any]] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        written, equals, value = word.partition("=")
+        names = ("--" + written[2:].replace("-", "_")).split(".")
+        deep = word.startswith("--") and len(names) > 2 and _dictionary(actions, names[0]) is not None
+        if not deep or not (equals or words):
+            result.append(word)
+            continue
+        inner = nested.setdefault(".".join(names[:2]), {})
+        for name in names[2:-1]:
+            if not isinstance(inner.get(name), dict):
+                inner[name] = {}
+            inner = inner[name]
+        inner[names[-1]] = _value(written, value if equals else words.pop(0))
+    return [*result, *(f"{option}={json.dumps(value)}" for option, value in nested.items())]
+
+
+def _value(option: str, text: str) -> Any:
+    """The value that `text` writes down; JSON first, as YAML takes 1e-3 for a word."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"option {option}: {text!r} is no value; check its brackets and quotes") from None
 
 
 def _check_config_files(parser: Parser, words: Sequence[str]) -> None:

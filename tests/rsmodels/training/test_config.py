@@ -195,3 +195,15 @@ def test_the_help_names_every_method(capsys: pytest.CaptureFixture[str]) -> None
         parse("train", "train", run, ["--help"])
     said = "".join(capsys.readouterr().out.split())  # lines break at hyphens, too
     assert f"ofitsbaseline:{','.join(sorted(METHODS))}" in said
+
+
+def test_options_inside_of_options_are_kept_together() -> None:
+    words = "--model-args.student_options.dims [8,16] --model-args.fmm_depth 0"
+    more = "--model-args.student_options.a.b=1e-3 --model-args.student_options.in-chans 4"
+    config = parse("train", "train", run, f"{words} {more}".split())
+    assert config.model_args == {
+        "fmm_depth": 0,
+        "student_options": {"dims": [8, 16], "a": {"b": 0.001}, "in_chans": 4},
+    }
+    with pytest.raises(ValueError, match=r"option --model-args.a.b: '\[1' is no value"):
+        parse("train", "train", run, ["--model-args.a.b", "[1"])
