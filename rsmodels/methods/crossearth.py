@@ -10,7 +10,6 @@ Shapes: B batch, K classes, H/W pixels, D encoder embedding, h/w the encoder's g
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +24,7 @@ from rsmodels.methods.mask_losses import mask2former_losses
 from rsmodels.methods.masked_images import MaskedImageFlow
 from rsmodels.methods.styled_images import make_earth_style
 from rsmodels.methods.teacher import TAPS
-from rsmodels.registry import ENCODERS, Preprocessing, register_method, register_model
+from rsmodels.registry import Preprocessing
 from rsmodels.style import from_unit, to_unit
 from rsmodels.weights import LoadReport
 
@@ -262,8 +261,19 @@ class CrossEarth(nn.Module):
         if self.style is None or torch.rand(()).item() >= self.style_probability:
             return None
         mean, std = self.preprocessing.mean, self.preprocessing.std
-        styled = self.style.styled(to_unit(images.float(), mean, std, self.value_range))
-        return from_unit(styled, mean, std, self.value_range)
+        return from_unit(self.style.styled(self._unit(images)), mean, std, self.value_range)
+
+    def _unit(self, images: Tensor) -> Tensor:
+        return to_unit(images.float(), self.preprocessing.mean, self.preprocessing.std, self.value_range)
+
+    def style_examples(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Normalised images (B, 3, H, W) → X, X_S and X_M of them, drawn anew, each (B, 3, H, W) in [0, 1];
+        None for a model that does not train on both."""
+        if self.style is None or self.mim is None:
+            return None
+        unit = self._unit(images)
+        masked = self._unit(self.mim.masked(images))
+        return unit.clamp(0, 1), self.style.styled(unit).clamp(0, 1), masked.clamp(0, 1)
 
     def no_weight_decay(self) -> set[str]:
         """Names of what does not decay besides norms, biases and scales: tokens, embeddings, the prompt."""
@@ -299,73 +309,3 @@ def _taps(depth: int, taps: Sequence[int] | None) -> tuple[int, ...]:
             "stride of the decoder"
         )
     return found
-
-
-def dinov2(size: str, registers: int = 0) -> Callable[..., Any]:
-    """The frozen encoder of a variant: patch 16, whichever its checkpoint has, as the authors use it."""
-    return partial(ENCODERS[f"dinov2_{size}"], patch_size=16, registers=registers)
-
-
-TINY: dict[str, Any] = {
-    "num_queries": 20,
-    "rein_rank": 8,
-    "gse_width": 8,
-    "injector_heads": 4,
-    "mask_patch": 16,
-    "mim_width": 16,
-    "style_patch": 16,
-    "points": 1024,
-    "head_dim": 64,
-    "head_heads": 4,
-    "pixel_layers": 2,
-    "pixel_mlp_dim": 128,
-    "decoder_layers": 3,
-    "decoder_mlp_dim": 128,
-}
-
-
-@register_model
-def crossearth_vit_s(
-    *, num_classes: int, image_size: int | tuple[int, int] = 512, registers: int = 0, **options: Any
-) -> CrossEarth:
-    """CrossEarth on DINOv2 ViT-S."""
-    return CrossEarth(dinov2("vit_s", registers), num_classes=num_classes, image_size=image_size, **options)
-
-
-@register_model
-def crossearth_vit_b(
-    *, num_classes: int, image_size: int | tuple[int, int] = 512, registers: int = 0, **options: Any
-) -> CrossEarth:
-    """CrossEarth on DINOv2 ViT-B."""
-    return CrossEarth(dinov2("vit_b", registers), num_classes=num_classes, image_size=image_size, **options)
-
-
-@register_model
-def crossearth_vit_l(
-    *, num_classes: int, image_size: int | tuple[int, int] = 512, registers: int = 0, **options: Any
-) -> CrossEarth:
-    """The paper's CrossEarth, on DINOv2 ViT-L."""
-    return CrossEarth(dinov2("vit_l", registers), num_classes=num_classes, image_size=image_size, **options)
-
-
-@register_model
-def crossearth_vit_g(
-    *, num_classes: int, image_size: int | tuple[int, int] = 512, registers: int = 0, **options: Any
-) -> CrossEarth:
-    """CrossEarth on DINOv2 ViT-g."""
-    return CrossEarth(dinov2("vit_g", registers), num_classes=num_classes, image_size=image_size, **options)
-
-
-@register_model
-def crossearth_tiny(
-    *, num_classes: int, image_size: int | tuple[int, int] = 128, **options: Any
-) -> CrossEarth:
-    """CrossEarth small enough to train in minutes on a CPU; `rsmodels pretrain` makes its encoder."""
-    model = CrossEarth(
-        dinov2("vit_tiny"), num_classes=num_classes, image_size=image_size, **{**TINY, **options}
-    )
-    model.set_activation_checkpointing(False)  # four small blocks: nothing worth the time
-    return model
-
-
-register_method("crossearth", "crossearth", variant="vit_l", optim={"lr": 1e-4, "weight_decay": 0.05})

@@ -6,7 +6,8 @@ tokens after every block, and Mask2Former with the queries that are linked to th
 
 from typing import Any
 
-from rsmodels.methods.crossearth import TINY, CrossEarth, dinov2
+from rsmodels.methods.crossearth import CrossEarth
+from rsmodels.methods.crossearth_models import TINY, dinov2
 from rsmodels.registry import register_method, register_model
 
 BASELINE: dict[str, Any] = {"gse": False, "mim": False, "style": False}

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import rsmodels
 from rsmodels.methods import masked_images
 from rsmodels.methods.crossearth import CrossEarth
+from rsmodels.methods.crossearth_models import TINY
 from rsmodels.methods.mask_losses import mask2former_losses
-from rsmodels.registry import create_model
+from rsmodels.registry import ENCODERS, create_model
 from rsmodels.style import StyleStatistics, draw_mask, synthetic_field
 
 SIZE = 64
@@ -230,6 +231,31 @@ def test_evaluation_is_segmentation_alone_and_draws_nothing_but_points(remembere
         assert terms.keys() == losses_of(model, data).keys() == SEGMENTATION
         torch.testing.assert_close(logits, model(data["image"]))
     assert not seen["styled"] and not seen["masked"] and not seen["restored"]
+
+
+@torch.no_grad()
+def test_examples_for_the_report() -> None:
+    model = prepared().eval()
+    x, x_s, x_m = model.style_examples(batch_for()["image"])
+    assert all(
+        0 <= part.min() <= part.max() <= 1 and part.shape == (2, 3, SIZE, SIZE) for part in (x, x_s, x_m)
+    )
+    assert not torch.equal(x, x_s) and not torch.equal(x, x_m)
+    assert build(style=False).style_examples(batch_for()["image"]) is None
+
+
+@pytest.mark.parametrize("variant, taps", [("b", (3, 5, 7, 11)), ("l", (7, 11, 15, 23))])
+def test_rvsa_serves_as_backbone(variant: str, taps: tuple[int, ...]) -> None:
+    """Table 10's taps; and a small one of its kind trains in both flows, its own weights frozen."""
+    with torch.device("meta"):
+        model = create_model(f"crossearth_rvsa_{variant}", num_classes=6)
+    assert (model.taps, model.image_size, model.encoder.prefix_tokens) == (taps, (512, 512), 0)
+    assert model.rein.token_a.shape[0] == len(model.encoder.blocks)
+    if variant == "b":
+        tiny = CrossEarth(ENCODERS["rvsa_vit_tiny"], num_classes=3, image_size=SIZE, **TINY).train()
+        sum(losses_of(tiny, batch_for()).values()).backward()
+        trained = {n.partition(".")[0] for n, p in tiny.named_parameters() if p.grad is not None}
+        assert trained == {"rein", "gse", "injectors", "mim", "head"}
 
 
 def test_the_linear_decoder_is_table_9s_other_row() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import rsmodels
+from rsmodels.style import synthetic_field
 from rsmodels.training.build import schedule
 from rsmodels.training.config import OptimConfig, TrainConfig, resolve
 from rsmodels.training.parallel import Ranks
@@ -30,11 +31,16 @@ def weights(run: Path) -> dict[str, Tensor]:
     return rsmodels.load_model(run / "best")[0].state_dict()
 
 
-def test_a_resumed_run_draws_what_an_unbroken_one_draws(make_config: MakeConfig) -> None:
-    options = {**CROSSEARTH, "steps": 6, "checkpoint_every": 3, "validate_every": 6}
-    whole = train(make_config(**options))
+def test_a_resumed_run_draws_what_an_unbroken_one_draws(make_config: MakeConfig, tmp_path: Path) -> None:
+    """To the bit, and the file that its styles came from is not looked for again."""
+    statistics = tmp_path / "field.json"
+    synthetic_field().save(statistics)
+    model_args = {**CROSSEARTH["model_args"], "style_statistics": str(statistics)}
+    options = {"method": "crossearth", "model_args": model_args, "steps": 6, "checkpoint_every": 3}
+    whole = train(make_config(**options, validate_every=6))
+    statistics.unlink()
     step_3 = str(whole / "checkpoints" / "step-3")
-    resumed = train(make_config(**options, folder="other", resume=step_3))
+    resumed = train(make_config(**options, validate_every=6, folder="other", resume=step_3))
     assert losses(resumed) == losses(whole)[3:]
     drawn = [terms["loss_delta"] > 0 for terms in losses(whole)[:6]]
     assert any(drawn[3:]) and not all(drawn)
