@@ -1,9 +1,9 @@
-"""Variants of a method, trained on one domain and measured on domains never seen: what the experiments share.
+"""Variants of a method, trained on one domain and measured on domains never seen: what experiments share.
 
-Every variant is trained on the source of rsmodels.data.synthetic.gaps with every seed, and its best checkpoint
-is evaluated on unseen scenes of the source and of each target. Runs of one seed differ in the variant alone:
-tiles, their order and augmentation are the same. Figures go to a JSON file after every run: a finished run is
-not repeated, one that was stopped goes on.
+Every variant is trained on the source of rsmodels.data.synthetic.gaps with every seed, and its best
+checkpoint is evaluated on unseen scenes of the source and of each target. Runs of one seed differ in the
+variant alone: tiles, their order and augmentation are the same. Figures go to a JSON file after every run: a
+finished run is not repeated, one that was stopped goes on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`python -m benchmarks.experiments.ktda_transfer --teacher-weights FILE`: does KTDA's transfer help?
 
-The same student with and without the transfer term (tiny models, generated scenes); see compare.py for what is
-trained and measured. What differs between two runs of a seed is the term alone, first weights included.
+The same student with and without the transfer term (tiny models, generated scenes); see compare.py for what
+is trained and measured. What differs between two runs of a seed is the term alone, first weights included.
 `rsmodels pretrain` makes FILE, the teacher. Writes results/ktda_transfer.json and prints it as a table.
 """
 

@@ -15,28 +15,26 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from rsmodels.arguments import check_numbers
 from rsmodels.heads.geospatial import GeospatialExtractor, Injector
 from rsmodels.heads.mask2former import Mask2FormerHead, Mask2FormerOutput, semantic_scores
-from rsmodels.layers import image_size_pair, resize
+from rsmodels.layers import resize
 from rsmodels.layers.rein import Rein
-from rsmodels.methods.losses import to_probabilities
+from rsmodels.methods.base import Segmenter
 from rsmodels.methods.mask_losses import mask2former_losses
 from rsmodels.methods.masked_images import MaskedImageFlow
 from rsmodels.methods.styled_images import make_earth_style
 from rsmodels.methods.teacher import TAPS
-from rsmodels.registry import Preprocessing
 from rsmodels.style import from_unit, to_unit
 from rsmodels.weights import LoadReport
 
-# ImageNet's, in 8-bit units.
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 STRIDES = (4, 8, 16, 32)  # of what the decoder sees
 EPSILON = 1e-6  # keeps the logarithm of a score finite
 # What of the trained matrices does not decay.
 TOKENS = ("token_a", "token_b", "prompt", "query_position", "query_features", "level_embed")
 
 
-class CrossEarth(nn.Module):
+class CrossEarth(Segmenter):
     """images (B, 3, H, W), normalised → logits (B, K, H, W), the logarithms of Mask2Former's scores.
 
     Args:
@@ -63,9 +61,6 @@ class CrossEarth(nn.Module):
         mean, std, bands: the model's Preprocessing; ImageNet's statistics unless given.
     """
 
-    model_name: str
-    arguments: dict[str, Any]
-    base_weights: str | None
     file_options: ClassVar = ("style_weights", "style_statistics")
 
     def __init__(
@@ -112,15 +107,16 @@ class CrossEarth(nn.Module):
         std: tuple[float, ...] | None = None,
         bands: tuple[int, ...] | None = None,
     ) -> None:
-        super().__init__()
-        if not 0 <= style_probability <= 1 or not value_range > 0:
-            raise ValueError(
-                f"style_probability={style_probability}, value_range={value_range}: expected a share from 0 "
-                "to 1 and the raw value that is white, 255 for 8 bits"
-            )
-        self.image_size = image_size_pair(image_size, multiple_of=STRIDES[-1])
-        self.num_classes = num_classes
-        self.preprocessing = Preprocessing(tuple(mean or MEAN), tuple(std or STD), bands)
+        super().__init__(
+            num_classes=num_classes,
+            image_size=image_size,
+            multiple_of=STRIDES[-1],
+            mean=mean,
+            std=std,
+            bands=bands,
+        )
+        check_numbers(0, 1, style_probability=style_probability)
+        check_numbers(0, above=True, value_range=value_range)
         self.points = points
 
         self.encoder = encoder(image_size=self.image_size).requires_grad_(False)
@@ -187,6 +183,7 @@ class CrossEarth(nn.Module):
 
     def _encode(self, images: Tensor) -> list[Tensor]:
         """The four tapped maps (B, D, h, w), after Rein."""
+        self.check_images(images)
         # Nothing before Rein learns but the prompt, which is in the image.
         learns = torch.is_grad_enabled() and (self.rein is not None or images.requires_grad)
         with torch.set_grad_enabled(learns):
@@ -215,10 +212,6 @@ class CrossEarth(nn.Module):
     def _logits(self, output: Mask2FormerOutput) -> Tensor:
         logs = (semantic_scores(output, self.image_size) + EPSILON).log()
         return logs if self.num_classes > 1 else logs[:, 1:] - logs[:, :1]
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K, H, W) logits → probabilities in [0, 1]: the scores, scaled to sum to 1 over the classes."""
-        return to_probabilities(logits, activation="softmax")
 
     # ------------------------------------------------------------------------------------------- training
 

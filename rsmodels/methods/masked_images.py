@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsmodels.arguments import check_choice, check_numbers
 from rsmodels.heads.aspp import ASPPDecoder, LinearDecoder
 from rsmodels.layers import resize
 from rsmodels.style import draw_mask
@@ -51,18 +52,12 @@ class MaskedImageFlow(nn.Module):
         prompt: str = "fill",
     ) -> None:
         super().__init__()
-        for name, value, allowed in (
-            ("mim_decoder", decoder, DECODERS),
-            ("mim_loss", loss, LOSSES),
-            ("mim_target", target, TARGETS),
-            ("prompt", prompt, PROMPTS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
-        if not 0 <= ratio <= 1 or patch < 1:
-            raise ValueError(
-                f"mask_ratio={ratio}, mask_patch={patch}: expected a share from 0 to 1 and a side in pixels"
-            )
+        check_choice("mim_decoder", decoder, DECODERS)
+        check_choice("mim_loss", loss, LOSSES)
+        check_choice("mim_target", target, TARGETS)
+        check_choice("prompt", prompt, PROMPTS)
+        check_numbers(0, 1, mask_ratio=ratio)
+        check_numbers(1, mask_patch=patch)
         self.loss, self.target, self.fills = loss, target, prompt == "fill"
         self.ratio, self.patch = ratio, patch
         self.prompt = nn.Parameter(torch.zeros(1, 3, *image_size))
