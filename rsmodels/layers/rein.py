@@ -46,8 +46,8 @@ class Rein(nn.Module):
             )
         self.token_a = nn.Parameter(torch.empty(depth, tokens, rank))
         self.token_b = nn.Parameter(torch.empty(depth, rank, dim))
-        # The published code's at a width of 1024 and a rank of 16; elsewhere tokens of the same norm. With its
-        # own bounds they shrink with the width, and the queries made of them start as good as equal.
+        # The published code's at a width of 1024 and a rank of 16; elsewhere tokens of the same norm. By its
+        # formula they shrink with the width, and the queries made of them start as good as equal.
         bound = (6 / 896 * (1024 * 16 / (dim * rank)) ** 0.5) ** 0.5
         nn.init.uniform_(self.token_a, -bound, bound)
         nn.init.uniform_(self.token_b, -bound, bound)
