@@ -128,6 +128,9 @@ class Counting(nn.Module):
         logits = batch["image"] * 2
         return {"a": logits.sum()}, logits
 
+    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.losses_and_logits(batch)[0]
+
 
 def test_validation_gets_logits_in_one_pass() -> None:
     model = Counting()
