@@ -22,9 +22,9 @@ from tqdm import tqdm
 from rsmodels.data.synthetic.gaps import left_out
 from rsmodels.evaluation.inference import pick_device, pick_dtype
 from rsmodels.pretraining.config import PREPROCESSING, PretrainConfig, Purpose, resolve
-from rsmodels.pretraining.objectives import OBJECTIVES, draw_masks
+from rsmodels.pretraining.objectives import OBJECTIVES, draw_masks, patch_size
 from rsmodels.pretraining.probe import linear_probe
-from rsmodels.pretraining.scenes import Crops, places
+from rsmodels.pretraining.scenes import Crops, Views, places
 from rsmodels.registry import ENCODERS, LIBRARY_VERSION
 from rsmodels.training.build import make_optimizer, reader_processes
 from rsmodels.training.config import OptimConfig
@@ -134,6 +134,7 @@ class Run:
         self.crops = Crops(
             choice,
             encoder.image_size,
+            patch_size(encoder),
             batch_size=config.batch_size,
             views=self.objective.views,
             seed=config.seed,
@@ -174,14 +175,14 @@ class Run:
                     )
                     raise KeyboardInterrupt
 
-    def step(self, step: int, views: list[Tensor]) -> Tensor:
+    def step(self, step: int, views: Views) -> Tensor:
         """One update from one batch; the loss, on the device."""
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, Purpose.MASKS, step))
-        mask = draw_masks(len(views[0]), self.grid_size, generator).to(self.device)
-        images = [PREPROCESSING.normalize(view.to(self.device, non_blocking=True)) for view in views]
+        mask = draw_masks(self.config.batch_size, self.grid_size, generator).to(self.device)
+        images = [PREPROCESSING.normalize(view.to(self.device, non_blocking=True)) for view in views.images]
         enabled = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled):
-            loss = self.objective(images, mask)
+            loss = self.objective(Views(images, views.corners), mask)
         loss.backward()
         clip_gradients(self.parameters, CLIP)
         for group in self.optimizer.param_groups:

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,12 +16,22 @@ import rsmodels
 from rsmodels.cli import main
 from rsmodels.data import Domain
 from rsmodels.data.synthetic.gaps import SOURCE, TARGETS, left_out
+from rsmodels.data.synthetic.scene import render_scene
 from rsmodels.pretraining import pretrain as pretraining
 from rsmodels.pretraining import probe, scenes
 from rsmodels.pretraining.config import PretrainConfig
-from rsmodels.pretraining.objectives import MASKED, Distillation, Hide, MaskedImages, draw_masks
+from rsmodels.pretraining.objectives import (
+    MASKED,
+    TEMPERATURE,
+    Contrast,
+    Distillation,
+    Hide,
+    MaskedImages,
+    draw_masks,
+    overlap,
+)
 from rsmodels.pretraining.pretrain import build_encoder, pretrain
-from rsmodels.pretraining.scenes import Crops, places
+from rsmodels.pretraining.scenes import Crops, SceneStream, Views, places
 from rsmodels.registry import ENCODERS
 from rsmodels.weights import read_state
 
@@ -43,7 +54,7 @@ def small(output: Path, **options: Any) -> PretrainConfig:
 
 def make_crops(choice: Any = None, **options: Any) -> Crops:
     defaults = {"batch_size": 4, "views": 2, "seed": 1, "first_step": 0, "steps": 20, "workers": 0}
-    return Crops(choice or places(left_out()), (32, 32), **{**defaults, **options})
+    return Crops(choice or places(left_out()), (32, 32), 8, **{**defaults, **options})
 
 
 @pytest.fixture(autouse=True)
@@ -96,27 +107,57 @@ def test_a_pattern_names_a_domain_in_part() -> None:
 
 def test_crops_depend_on_seed_and_step_alone() -> None:
     whole = list(make_crops())
-    assert all(view.shape == (4, 3, 32, 32) for views in whole for view in views)
+    assert all(view.shape == (4, 3, 32, 32) for views in whole for view in views.images)
     for first_step in (1, 13):  # the window grows, and slides
         for views, again in zip(
             whole[first_step:], make_crops(first_step=first_step, workers=1), strict=True
         ):
-            assert all(map(torch.equal, views, again))
+            assert all(map(torch.equal, views.images, again.images)) and views.corners == again.corners
     other = next(iter(make_crops(seed=2)))
-    assert not torch.equal(other[0], whole[0][0])
+    assert not torch.equal(other.images[0], whole[0].images[0])
+
+
+def shown_by_both(views: Views) -> list[Tensor]:
+    """The pixels (B, h, w, 3) that both views show, by their corners on the grid of 8 pixels."""
+    return overlap(
+        [image.permute(0, 2, 3, 1) for image in views.images], [(8 * y, 8 * x) for y, x in views.corners]
+    )
 
 
 def test_views_show_the_same_place_in_other_colours(monkeypatch: pytest.MonkeyPatch) -> None:
     rgb_only = places(left_out(["bands=irrg"]))
-    seen, other = next(iter(make_crops(rgb_only)))
+    one_climate = places(left_out(["bands=irrg", "climate=arid", "climate=boreal", "climate=tropical"]))
+    seen, other = shown_by_both(next(iter(make_crops(one_climate))))
     assert not torch.equal(seen, other)
-    for name in ("GAIN", "CONTRAST", "BRIGHTNESS"):
+    for name in ("GAIN", "CONTRAST", "BRIGHTNESS", "BLURRED", "NOISE"):
         monkeypatch.setattr(scenes, name, 0.0)
-    seen, other = next(iter(make_crops(rgb_only)))
-    torch.testing.assert_close(seen, other)
-    both = [next(iter(make_crops(seed=seed))) for seed in range(3)]
-    differing = [not torch.allclose(a, b) for seen, other in both for a, b in zip(seen, other, strict=True)]
+    batches = list(make_crops(one_climate, steps=6))
+    for views in batches:
+        seen, other = shown_by_both(views)
+        torch.testing.assert_close(seen, other)
+    assert len({tuple(map(tuple, views.corners)) for views in batches}) > 3
+    seen, other = shown_by_both(next(iter(make_crops(rgb_only))))
+    assert not torch.allclose(seen, other)  # in other climates
+    both = places(left_out(["climate=arid", "climate=boreal", "climate=tropical"]))
+    pairs = [shown_by_both(next(iter(make_crops(both, seed=seed)))) for seed in range(3)]
+    differing = [not torch.allclose(a, b) for seen, other in pairs for a, b in zip(seen, other, strict=True)]
     assert any(differing) and not all(differing)  # rgb against irrg, in about half
+
+
+def test_a_scene_is_one_layout_in_two_climates() -> None:
+    choice = places(left_out())
+    stream = SceneStream(3, 64, choice, looks=2)
+    for index in range(6):
+        looks, images = stream[index]
+        first, second = (choice[look][0] for look in looks)
+        assert first.climate != second.climate
+        assert (first.region, first.platform) == (second.region, second.platform)
+        for domain, image in zip((first, second), images.numpy(), strict=True):
+            assert np.array_equal(image, render_scene((3, scenes.SPLIT, index), 64, domain).image)
+    alone = places(left_out(["climate=arid", "climate=boreal", "climate=tropical"]))
+    looks, images = SceneStream(3, 64, alone, looks=2)[0]
+    assert looks[0] == looks[1] and torch.equal(images[0], images[1])
+    assert torch.equal(SceneStream(3, 64, choice, looks=1)[2][1][0], stream[2][1][0])
 
 
 # ------------------------------------------------------------------------------------------ what is learned
@@ -159,7 +200,40 @@ def test_masked_images_predicts_the_hidden_patches_normalised() -> None:
     mask = draw_masks(2, (4, 4), torch.Generator().manual_seed(0))
     torch.nn.init.zeros_(objective.head.weight)
     torch.nn.init.zeros_(objective.head.bias)
-    torch.testing.assert_close(objective([images], mask), targets[mask].square().mean())
+    views = Views([images], [(0, 0)])
+    torch.testing.assert_close(objective(views, mask), targets[mask].square().mean())
+
+
+def test_overlap_is_the_same_ground() -> None:
+    ground = torch.arange(9 * 9).view(1, 9, 9, 1)
+    corners = [(2, 0), (0, 1), (1, 1)]
+    maps = [ground[:, y : y + 6, x : x + 7] for y, x in corners]
+    assert all(torch.equal(part, ground[:, 2:6, 1:7]) for part in overlap(maps, corners))
+
+
+def test_contrast_tells_the_same_ground_among_all_patches() -> None:
+    torch.manual_seed(0)
+    objective = Contrast(build_encoder(PretrainConfig("x", image_size=56)))
+    images = [torch.randn(3, 3, 56, 56) for _ in range(2)]
+    corners = [(1, 0), (0, 2)]
+    expected = []
+    for block, head in enumerate(objective.heads):
+        maps = [objective.encoder.forward_intermediates(image, [block])[0] for image in images]
+        vectors = []
+        for tokens, rows, columns in zip(maps, ((0, 3), (1, 4)), ((2, 4), (0, 2)), strict=True):
+            part = tokens[:, :, slice(*rows), slice(*columns)].permute(0, 2, 3, 1).flatten(0, 2)
+            part = (part - part.mean(1, keepdim=True)) / (part.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+            vectors.append(head(part).double())
+        first, second = (vector / vector.norm(dim=1, keepdim=True) for vector in vectors)
+        scores = (first @ second.T / TEMPERATURE).exp()
+        for axis in (0, 1):
+            expected.append(-(scores.diagonal() / scores.sum(axis)).log().mean())
+    mask = torch.zeros(3, 4, 4, dtype=torch.bool)
+    loss = objective(Views(images, corners), mask)
+    torch.testing.assert_close(loss.double(), torch.stack(expected).mean(), atol=1e-5, rtol=1e-5)
+    loss.backward()
+    unused = [name for name, p in objective.named_parameters() if p.grad is None]
+    assert all(name.startswith("encoder.norm.") for name in unused), unused
 
 
 def test_the_average_follows_without_a_gradient() -> None:
@@ -169,7 +243,8 @@ def test_the_average_follows_without_a_gradient() -> None:
     targets = objective.targets(views[1])
     torch.testing.assert_close(targets.mean(0), torch.zeros_like(targets[0]), atol=1e-4, rtol=0)
     torch.testing.assert_close(targets.square().mean((0, 1, 2)), torch.ones(128), atol=1e-3, rtol=0)
-    objective(views, draw_masks(4, (4, 4), torch.Generator().manual_seed(0))).backward()
+    corners = [(0, 1), (2, 0)]
+    objective(Views(views, corners), draw_masks(4, (4, 4), torch.Generator().manual_seed(0))).backward()
     assert all(p.grad is None for p in objective.average.parameters())
     before = objective.average.patch_embed.proj.bias.clone()
     with torch.no_grad():
@@ -201,7 +276,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Ctrl-C while step number `steps` runs."""
     step = pretraining.Run.step
 
-    def stopped(self: pretraining.Run, number: int, views: list[Tensor]) -> Tensor:
+    def stopped(self: pretraining.Run, number: int, views: Views) -> Tensor:
         if number == steps - 1:
             signal.raise_signal(signal.SIGINT)
         return step(self, number, views)
@@ -209,7 +284,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(pretraining.Run, "step", stopped)
 
 
-@pytest.mark.parametrize("objective", ["mim", "distill"])
+@pytest.mark.parametrize("objective", ["contrast", "mim", "distill"])
 def test_a_stopped_run_ends_with_the_same_bits(
     objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -325,7 +400,7 @@ def test_ctrl_c_is_130(
             "--image-size 60",
             "image_size=60: expected one size or (H, W), in pixels, each a positive multiple of 14",
         ),
-        ("--image-size 28", "--image-size 28: too small to hide patches of 14 pixels in; give at least 42"),
+        ("--image-size 28", "--image-size 28: too small to learn from patches of 14 pixels; give at least 42"),
         ("--leave-out climate=martian", "domain climate='martian' is unknown"),
         ("--leave-out bands=rgb,bands=irrg", "each at most once"),
         ("--data folder", "--data: expected synthetic, found folder"),
