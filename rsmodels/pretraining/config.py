@@ -63,7 +63,7 @@ class PretrainConfig:
     (default: 15)."""
     batch_size: int = 16
     """Crops per optimiser step."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Learning rate after the warm-up, which takes a tenth of the steps, at most 250."""
     seed: int = 0
     """Seed of the weights, the scenes and everything random."""

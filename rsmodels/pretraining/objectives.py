@@ -23,7 +23,7 @@ MASKED = 0.6  # share of the patches that are hidden
 MASK_BLOCK = 2  # patches that are hidden together, along an axis: one alone is guessed from its neighbours
 VARIANCE_FLOOR = 0.01  # of normalised pixels: what varies less is the sensor's noise, not worth predicting
 AVERAGED = (0.99, 0.999)  # the moving average's memory, at the first and the last step
-TEMPERATURE = 0.2  # of the contrast
+TEMPERATURE = 0.5  # of the contrast: softer than usual, as neighbours often show the same thing
 CONTRAST_DIM = 64
 
 

@@ -37,7 +37,7 @@ WINDOW_BYTES = 256 * 2**20
 FIRST_SCENES = 64  # rendered before the first step; the window grows from there
 SHIFT = 2  # patches that one view of a place may be off the other, along an axis
 # Recolouring: largest changes of a band's mean, of the contrast about it, of brightness (digital numbers).
-GAIN, CONTRAST, BRIGHTNESS = 0.2, 0.3, 16.0
+GAIN, CONTRAST, BRIGHTNESS = 0.08, 0.1, 6.0
 # Another sensor: chance of a 3 x 3 blur, largest deviation of noise (digital numbers).
 BLURRED, NOISE = 0.5, 6.0
 

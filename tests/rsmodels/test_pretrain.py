@@ -372,7 +372,7 @@ def test_ctrl_c_is_130(
     assert capsys.readouterr().err.endswith("rsmodels: interrupted\n")
     for more, message in (
         ("", "a run was stopped here"),
-        (" --resume auto --lr 1", "it was written with lr 0.001, this run has 1.0; resume with the options"),
+        (" --resume auto --lr 1", "it was written with lr 0.002, this run has 1.0; resume with the options"),
         (" --resume auto --objective distill", "it was written with objective mim, this run has distill"),
         (" --resume auto --steps 4", "it was written with steps 3, this run has 4"),
     ):
