@@ -73,7 +73,7 @@ def _with_bands(domain: Domain, bands: str) -> Domain:
 
 
 def other_looks(choice: Sequence[Place]) -> list[list[int]]:
-    """Of every place of `choice`, those that show its layouts in another climate; the place itself if none."""
+    """Of every place of `choice`, those that show its layouts in another climate; itself if there is none."""
     found = []
     for number, (domain, _) in enumerate(choice):
         same = [

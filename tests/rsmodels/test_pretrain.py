@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import rsmodels
@@ -222,7 +223,7 @@ def test_contrast_tells_the_same_ground_among_all_patches() -> None:
         vectors = []
         for tokens, rows, columns in zip(maps, ((0, 3), (1, 4)), ((2, 4), (0, 2)), strict=True):
             part = tokens[:, :, slice(*rows), slice(*columns)].permute(0, 2, 3, 1).flatten(0, 2)
-            part = (part - part.mean(1, keepdim=True)) / (part.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
+            part = F.layer_norm(part, part.shape[1:])
             vectors.append(head(part).double())
         first, second = (vector / vector.norm(dim=1, keepdim=True) for vector in vectors)
         scores = (first @ second.T / TEMPERATURE).exp()
@@ -267,6 +268,25 @@ def test_filling_in_gets_better(model: str, tmp_path: Path, capsys: pytest.Captu
     lines = [line for line in capsys.readouterr().err.splitlines() if "loss" in line]
     losses = [float(line.split("loss ")[1].split()[0]) for line in lines]
     assert len(losses) == 4 and losses[-1] < 0.95 * losses[0]
+
+
+@pytest.mark.parametrize("model", SIZES)
+def test_unit_scale_changes_the_scale_alone(model: str) -> None:
+    size = SIZES[model]
+    encoder = build_encoder(PretrainConfig("x", model=model, image_size=size)).eval().double()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)  # no bias or scale stays at its start
+        images = torch.randn(3, 3, size, size).double() * 0.3
+        before = encoder.forward_intermediates(images, range(4))
+        pretraining.to_unit_scale(encoder, images)
+        after = encoder.forward_intermediates(images, range(4))
+    assert torch.cat(after).square().mean().item() == pytest.approx(1, rel=1e-4)
+    factor = after[0].norm() / before[0].norm()
+    assert not 0.8 < factor < 1.2
+    for small, large in zip(after, before, strict=True):
+        assert (small - large * factor).norm() < 0.01 * small.norm()  # norms have an epsilon
 
 
 # --------------------------------------------------------------------------------------- runs and their files
@@ -373,7 +393,7 @@ def test_ctrl_c_is_130(
     for more, message in (
         ("", "a run was stopped here"),
         (" --resume auto --lr 1", "it was written with lr 0.002, this run has 1.0; resume with the options"),
-        (" --resume auto --objective distill", "it was written with objective mim, this run has distill"),
+        (" --resume auto --objective mim", "it was written with objective contrast, this run has mim"),
         (" --resume auto --steps 4", "it was written with steps 3, this run has 4"),
     ):
         assert main((words + more).split()) == 2
@@ -400,7 +420,7 @@ def test_ctrl_c_is_130(
             "--image-size 60",
             "image_size=60: expected one size or (H, W), in pixels, each a positive multiple of 14",
         ),
-        ("--image-size 28", "--image-size 28: too small to learn from patches of 14 pixels; give at least 42"),
+        ("--image-size 28", "--image-size 28: too small to learn from patches of 14 pixels; give at least"),
         ("--leave-out climate=martian", "domain climate='martian' is unknown"),
         ("--leave-out bands=rgb,bands=irrg", "each at most once"),
         ("--data folder", "--data: expected synthetic, found folder"),
