@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measure import machine
 from rsmodels.data.synthetic.gaps import SOURCE, TARGETS
@@ -37,7 +38,10 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, float
     """Train once and measure: {domain: mean IoU}."""
     folder = Path(options.runs) / f"{variant.replace(' ', '-')}-{seed}"
     arguments = VARIANTS[variant]
-    teacher = {"teacher_weights": options.teacher_weights} if arguments.get("transfer", True) else {}
+    teacher: dict[str, Any] = {}
+    if arguments.get("transfer", True):
+        # Stretched: padding 128 pixels to 140 would put the teacher's last patches one off the student's.
+        teacher = {"teacher_weights": options.teacher_weights, "teacher_fit": "resize"}
     train(
         TrainConfig(
             method="ktda",
