@@ -17,7 +17,6 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from benchmarks.measure import machine
 from rsmodels.data.synthetic.gaps import SOURCE, TARGETS
@@ -38,10 +37,7 @@ def run(variant: str, seed: int, options: argparse.Namespace) -> dict[str, float
     """Train once and measure: {domain: mean IoU}."""
     folder = Path(options.runs) / f"{variant.replace(' ', '-')}-{seed}"
     arguments = VARIANTS[variant]
-    teacher: dict[str, Any] = {}
-    if arguments.get("transfer", True):
-        # Stretched: padding 128 pixels to 140 would put the teacher's last patches one off the student's.
-        teacher = {"teacher_weights": options.teacher_weights, "teacher_fit": "resize"}
+    teacher = {"teacher_weights": options.teacher_weights} if arguments.get("transfer", True) else {}
     train(
         TrainConfig(
             method="ktda",
