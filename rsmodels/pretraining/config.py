@@ -44,9 +44,10 @@ class PretrainConfig:
     """File for the encoder's weights, NAME.safetensors: what --pretrained and --teacher-weights read."""
     model: str = "dinov2_vit_tiny"
     """Name of an encoder, for example sam_vit_tiny."""
-    objective: Literal["mim", "distill"] = "mim"
-    """mim: fill in masked pixels; distill: predict, from a masked view, the features that a moving average of
-    the encoder has of the whole."""
+    objective: Literal["contrast", "mim", "distill"] = "contrast"
+    """contrast: find the patches that show the same ground in another season and by another sensor; mim: fill
+    in masked pixels; distill: predict, from a masked view, the features that a moving average of the encoder
+    has of the whole."""
     data: Literal["synthetic"] = "synthetic"
     """Where the unlabelled scenes come from."""
     leave_out: str = ""
@@ -62,7 +63,7 @@ class PretrainConfig:
     (default: 15)."""
     batch_size: int = 16
     """Crops per optimiser step."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Learning rate after the warm-up, which takes a tenth of the steps, at most 250."""
     seed: int = 0
     """Seed of the weights, the scenes and everything random."""
@@ -117,10 +118,10 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
     for option, number in {"--seed": config.seed, "--num-workers": config.num_workers}.items():
         if number is not None and number < 0:
             raise ValueError(f"{option} must be 0 or more, not {number}")
-    if config.objective == "distill" and config.batch_size < 2:
+    if config.objective != "mim" and config.batch_size < 2:
         raise ValueError(
-            f"--batch-size {config.batch_size}: --objective distill compares the crops of a batch; give at "
-            "least 2"
+            f"--batch-size {config.batch_size}: --objective {config.objective} compares the crops of a "
+            "batch; give at least 2"
         )
     if config.steps is not None and config.minutes is not None:
         raise ValueError(

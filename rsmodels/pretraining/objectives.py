@@ -1,10 +1,11 @@
-"""What an encoder learns from unlabelled images: to fill in masked pixels, or to predict its own features.
+"""What an encoder learns from unlabelled images: which patches of two views show the same ground, to fill in
+masked pixels, or to predict its own features.
 
-Both hide patches of the image itself, so that they work with any encoder that has `forward_intermediates`.
-Their heads normalise tokens without a scale of their own: that is what a final norm at its start does, which
-DINOv2's then still is.
+All work on the tokens of any encoder that has `forward_intermediates`, and hide patches, where they do, in
+the image itself. Their heads normalise tokens without a scale of their own: that is what a final norm at its
+start does, which DINOv2's then still is.
 
-Shapes: B batch, H/W pixels, p patch size, h/w = (H, W) / p the token grid, D embedding.
+Shapes: B batch, H/W pixels, p patch size, h/w = (H, W) / p the token grid, D embedding, V views, N patches.
 """
 
 from __future__ import annotations
@@ -16,10 +17,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rsmodels.pretraining.scenes import SHIFT, Views
+
 MASKED = 0.6  # share of the patches that are hidden
 MASK_BLOCK = 2  # patches that are hidden together, along an axis: one alone is guessed from its neighbours
 VARIANCE_FLOOR = 0.01  # of normalised pixels: what varies less is the sensor's noise, not worth predicting
 AVERAGED = (0.99, 0.999)  # the moving average's memory, at the first and the last step
+TEMPERATURE = 0.5  # of the contrast: softer than usual, as neighbours often show the same thing
+CONTRAST_DIM = 64
+
+
+class Contrast(nn.Module):
+    """Contrast of patches (InfoNCE, van den Oord et al. 2018, https://arxiv.org/abs/1807.03748, per patch as
+    DenseCL, Wang et al. 2021, https://arxiv.org/abs/2011.09157), between the seasons and sensors of one place
+    (SeCo, Mañas et al. 2021, https://arxiv.org/abs/2103.16607).
+
+    A patch is to be told, among all patches of the other views of the batch, by its features: which patch
+    shows the same ground. What season, sensor and position change is no help; what is on the ground is. Every
+    block learns so, through a head of its own, as whoever builds on the encoder takes features of several.
+
+    forward: two `Views`, normalised; the mask is not used → mean cross-entropy over blocks, both ways.
+    """
+
+    views = 2
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+        dim = encoder.embed_dim
+        self.heads = nn.ModuleList(projection(dim, CONTRAST_DIM) for _ in encoder.blocks)
+
+    def forward(self, views: Views, mask: Tensor) -> Tensor:
+        blocks = range(len(self.heads))
+        per_view = [encoded(self.encoder, images, blocks) for images in views.images]
+        losses = []
+        for head, *maps in zip(self.heads, *per_view, strict=True):
+            first, second = (
+                F.normalize(head(normed(tokens)).float().flatten(0, 2), dim=-1)
+                for tokens in overlap(maps, views.corners)
+            )
+            scores = first @ second.T / TEMPERATURE
+            answers = torch.arange(len(scores), device=scores.device)
+            losses.append(F.cross_entropy(scores, answers) + F.cross_entropy(scores.T, answers))
+        return torch.stack(losses).mean() / 2
+
+    def after_step(self, progress: float) -> None:
+        """Nothing to do."""
+
+    def learned(self) -> Any:
+        """The encoder whose weights are the result."""
+        return self.encoder
 
 
 class MaskedImages(nn.Module):
@@ -39,8 +86,8 @@ class MaskedImages(nn.Module):
         patch = self.hide.patch_size
         self.head = nn.Linear(encoder.embed_dim, 3 * patch * patch)
 
-    def forward(self, views: list[Tensor], mask: Tensor) -> Tensor:
-        (images,) = views
+    def forward(self, views: Views, mask: Tensor) -> Tensor:
+        (images,) = views.images
         tokens = normed(encoded(self.encoder, self.hide(images, mask))[-1])
         return F.mse_loss(self.head(tokens[mask]).float(), self.targets(images)[mask])
 
@@ -64,13 +111,13 @@ class Distillation(nn.Module):
     """Self-distillation in the manner of data2vec (Baevski et al. 2022, https://arxiv.org/abs/2202.03555) and
     BYOL (Grill et al. 2020, https://arxiv.org/abs/2006.07733).
 
-    From a view with hidden patches the encoder predicts, in every patch, the features that a moving average
-    of itself has of the whole of another view: the same place in other colours, perhaps in other bands.
-    Features that follow the colours cannot be predicted; those that follow the place can. Targets are centred
-    per position and scaled per channel over the batch, so that neither a constant nor the position alone is
-    an answer.
+    From a view with hidden patches the encoder predicts, in every patch that both views show, the features
+    that a moving average of itself has of the whole of the other: the same place in another season and other
+    colours, perhaps in other bands. Features that follow the colours cannot be predicted; those that follow
+    the place can. Targets are centred per position and scaled per channel over the batch, so that neither a
+    constant nor the position alone is an answer.
 
-    forward: two views (B, 3, H, W), normalised, and the mask (B, h, w) → mean squared error.
+    forward: two `Views`, normalised, and the mask (B, h, w) of the first → mean squared error.
     """
 
     views = 2
@@ -80,14 +127,13 @@ class Distillation(nn.Module):
         self.encoder = encoder
         self.average = copy.deepcopy(encoder).requires_grad_(False)
         self.hide = Hide(encoder)
-        dim = encoder.embed_dim
-        self.head = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+        self.head = projection(encoder.embed_dim, encoder.embed_dim)
 
-    def forward(self, views: list[Tensor], mask: Tensor) -> Tensor:
-        seen, other = views
-        targets = self.targets(other)
+    def forward(self, views: Views, mask: Tensor) -> Tensor:
+        seen, other = views.images
         tokens = normed(encoded(self.encoder, self.hide(seen, mask))[-1])
-        return F.mse_loss(self.head(tokens).float(), targets)
+        ours, theirs = overlap([self.head(tokens).float(), self.targets(other)], views.corners)
+        return F.mse_loss(ours, theirs)
 
     @torch.no_grad()
     def targets(self, images: Tensor) -> Tensor:
@@ -111,7 +157,8 @@ class Distillation(nn.Module):
         return self.average
 
 
-OBJECTIVES: dict[str, type[MaskedImages] | type[Distillation]] = {
+OBJECTIVES: dict[str, type[Contrast] | type[MaskedImages] | type[Distillation]] = {
+    "contrast": Contrast,
     "mim": MaskedImages,
     "distill": Distillation,
 }
@@ -123,17 +170,40 @@ class Hide(nn.Module):
     def __init__(self, encoder: Any) -> None:
         super().__init__()
         self.grid_size: tuple[int, int] = encoder.grid_size
-        self.patch_size = encoder.image_size[0] // self.grid_size[0]
-        if min(self.grid_size) <= MASK_BLOCK:
-            raise ValueError(
-                f"--image-size {min(encoder.image_size)}: too small to hide patches of {self.patch_size} "
-                f"pixels in; give at least {(MASK_BLOCK + 1) * self.patch_size}"
-            )
+        self.patch_size = patch_size(encoder)
         self.patch = nn.Parameter(torch.zeros(3, self.patch_size, self.patch_size))
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         pixels = mask.repeat_interleave(self.patch_size, 1).repeat_interleave(self.patch_size, 2)
         return torch.where(pixels[:, None], self.patch.repeat(1, *self.grid_size).to(images.dtype), images)
+
+
+def patch_size(encoder: Any) -> int:
+    """Pixels of a patch's side; ValueError where an image has too few patches to hide or to shift some."""
+    size: int = encoder.image_size[0] // encoder.grid_size[0]
+    if min(encoder.grid_size) <= max(MASK_BLOCK, SHIFT):
+        raise ValueError(
+            f"--image-size {min(encoder.image_size)}: too small to learn from patches of {size} pixels; give "
+            f"at least {(max(MASK_BLOCK, SHIFT) + 1) * size}"
+        )
+    return size
+
+
+def projection(dim: int, out: int) -> nn.Module:
+    """The head of one hidden layer between features and what is asked of them."""
+    return nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, out))
+
+
+def overlap(maps: list[Tensor], corners: list[tuple[int, int]]) -> list[Tensor]:
+    """The part of every map (B, h, w, ·) that all views show; corners: see `Views`."""
+    height, width = maps[0].shape[1:3]
+    top, left = (max(corner[axis] for corner in corners) for axis in (0, 1))
+    bottom = min(row for row, _ in corners) + height
+    right = min(column for _, column in corners) + width
+    return [
+        tokens[:, top - row : bottom - row, left - column : right - column]
+        for tokens, (row, column) in zip(maps, corners, strict=True)
+    ]
 
 
 def draw_masks(count: int, grid_size: tuple[int, int], generator: torch.Generator) -> Tensor:

@@ -23,9 +23,9 @@ from rsmodels.arguments import ImageSizeError
 from rsmodels.data.synthetic.gaps import left_out
 from rsmodels.evaluation.inference import pick_device, pick_dtype
 from rsmodels.pretraining.config import PREPROCESSING, PretrainConfig, Purpose, resolve
-from rsmodels.pretraining.objectives import OBJECTIVES, draw_masks
+from rsmodels.pretraining.objectives import OBJECTIVES, draw_masks, patch_size
 from rsmodels.pretraining.probe import linear_probe
-from rsmodels.pretraining.scenes import Crops, places
+from rsmodels.pretraining.scenes import Crops, Views, places
 from rsmodels.registry import ENCODERS, LIBRARY_VERSION
 from rsmodels.training.build import make_optimizer, reader_processes
 from rsmodels.training.config import OptimConfig
@@ -36,6 +36,10 @@ from rsmodels.weights import read_state, save_state
 
 # DINOv2's layer scale starts at 1e-5, for runs of days: its blocks would learn next to nothing in minutes.
 FIRST_LAYER_SCALE = 1.0
+# What an encoder writes to its residual stream: the stem; of each branch the scale, or else the last layer.
+STEM = ("patch_embed.", "pos_embed", "cls_token", "register_tokens")
+LAYER_SCALE = ".gamma"
+LAST_LAYERS = ("attn.proj.weight", "attn.proj.bias", "mlp.lin2.weight", "mlp.lin2.bias")
 WEIGHT_DECAY, BETAS, CLIP = 0.05, (0.9, 0.95), 1.0
 UNTIMED_STEPS = 3  # the first ones allocate, and wait for the first scenes
 TIMING_SHARE, TIMING_SECONDS = 0.03, 15.0  # of --minutes, that measuring the length takes
@@ -73,6 +77,7 @@ def pretrain(config: PretrainConfig) -> Pretrained:
         _say(f"resumed from {config.state_path}, after step {first_step} of {steps}")
     run.train()
     encoder = run.objective.learned().eval()
+    to_unit_scale(encoder, run.images)
     record = {**config.identity(), "steps": steps, "library_version": LIBRARY_VERSION}
     save_state(encoder.state_dict(), output, {"pretraining": json.dumps(record)})
     config.state_path.unlink(missing_ok=True)
@@ -97,6 +102,23 @@ def build_encoder(config: PretrainConfig) -> Any:
             if name.endswith(".gamma"):
                 parameter.fill_(FIRST_LAYER_SCALE)
     return encoder
+
+
+@torch.no_grad()
+def to_unit_scale(encoder: Any, images: Tensor) -> None:
+    """Bring the tokens of `images` (B, 3, H, W), normalised, to a root mean square of 1 over all blocks.
+
+    Objectives normalise tokens and leave their scale to chance; who takes them raw, as a student's mean
+    squared error, does not. Blocks normalise what they read, so that scaling all that is written to the
+    residual stream scales every block's tokens and changes nothing else.
+    """
+    maps = encoder.forward_intermediates(images, range(len(encoder.blocks)))
+    factor = torch.stack([tokens.float().square().mean() for tokens in maps]).mean().rsqrt()
+    parameters = dict(encoder.named_parameters())
+    last = LAYER_SCALE if any(name.endswith(LAYER_SCALE) for name in parameters) else LAST_LAYERS
+    for name, parameter in parameters.items():
+        if name.startswith(STEM) or (name.startswith("blocks.") and name.endswith(last)):
+            parameter.mul_(factor)
 
 
 def fitting_steps(config: PretrainConfig) -> int:
@@ -135,10 +157,12 @@ class Run:
         self.objective = OBJECTIVES[config.objective](encoder).to(self.device).train()
         options = OptimConfig(lr=config.lr, weight_decay=WEIGHT_DECAY, betas=BETAS)
         self.optimizer = make_optimizer(self.objective, options)
+        self.images: Tensor  # of the last step, one view
         self.parameters = [p for p in self.objective.parameters() if p.requires_grad]
         self.crops = Crops(
             choice,
             encoder.image_size,
+            patch_size(encoder),
             batch_size=config.batch_size,
             views=self.objective.views,
             seed=config.seed,
@@ -179,14 +203,15 @@ class Run:
                     )
                     raise KeyboardInterrupt
 
-    def step(self, step: int, views: list[Tensor]) -> Tensor:
+    def step(self, step: int, views: Views) -> Tensor:
         """One update from one batch; the loss, on the device."""
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, Purpose.MASKS, step))
-        mask = draw_masks(len(views[0]), self.grid_size, generator).to(self.device)
-        images = [PREPROCESSING.normalize(view.to(self.device, non_blocking=True)) for view in views]
+        mask = draw_masks(self.config.batch_size, self.grid_size, generator).to(self.device)
+        images = [PREPROCESSING.normalize(view.to(self.device, non_blocking=True)) for view in views.images]
+        self.images = images[0]
         enabled = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled):
-            loss = self.objective(images, mask)
+            loss = self.objective(Views(images, views.corners), mask)
         loss.backward()
         clip_gradients(self.parameters, CLIP)
         for group in self.optimizer.param_groups:

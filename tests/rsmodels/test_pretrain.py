@@ -1,4 +1,4 @@
-"""Pretraining: what is seen and what is left out, the two objectives, resuming, and who reads the result."""
+"""Pretraining: runs, their files and options, resuming, who reads the result, and the probe."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from torch import Tensor
 
 import rsmodels
 from rsmodels.cli import main
-from rsmodels.data import Domain
-from rsmodels.data.synthetic.gaps import SOURCE, TARGETS, left_out
+from rsmodels.data.synthetic.gaps import TARGETS, left_out
 from rsmodels.pretraining import pretrain as pretraining
 from rsmodels.pretraining import probe, scenes
 from rsmodels.pretraining.config import PretrainConfig
-from rsmodels.pretraining.objectives import MASKED, Distillation, Hide, MaskedImages, draw_masks
 from rsmodels.pretraining.pretrain import build_encoder, pretrain
-from rsmodels.pretraining.scenes import Crops, places
+from rsmodels.pretraining.scenes import Views, places
 from rsmodels.registry import ENCODERS
 from rsmodels.weights import read_state
 
@@ -42,11 +40,6 @@ def small(output: Path, **options: Any) -> PretrainConfig:
     return PretrainConfig(str(output), image_size=SIZES[options["model"]], **options)
 
 
-def make_crops(choice: Any = None, **options: Any) -> Crops:
-    defaults = {"batch_size": 4, "views": 2, "seed": 1, "first_step": 0, "steps": 20, "workers": 0}
-    return Crops(choice or places(left_out()), (32, 32), **{**defaults, **options})
-
-
 @pytest.fixture(autouse=True)
 def one_thread() -> Any:
     threads = torch.get_num_threads()
@@ -62,129 +55,6 @@ def a_short_window(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scenes, "FIRST_SCENES", 3)
 
 
-# ------------------------------------------------------------------------------------ what is seen, and how
-
-
-def test_five_gaps_start_from_the_source_and_change_what_they_name() -> None:
-    assert len(TARGETS) == 5
-    for name, target in TARGETS.items():
-        changed = [
-            key
-            for key in ("region", "bands", "platform", "climate")
-            if vars(target)[key] != vars(SOURCE)[key]
-        ]
-        assert changed == name.split("+")
-
-
-def test_no_target_is_ever_drawn() -> None:
-    seen = {
-        Domain(domain.region, bands, domain.platform, domain.climate)
-        for domain, kept in places(left_out())
-        for bands in kept
-    }
-    assert not seen & set(TARGETS.values())
-    assert len(seen) == 4 * 2 * 3 * 4 - len(TARGETS)  # and nothing else is missing
-    strict = places(left_out(["region=coast", "bands=irrg", "platform=satellite", "climate=arid"]))
-    assert len(strict) == 3 * 2 * 3
-    for domain, kept in strict:
-        assert kept == ("rgb",) and "coast" not in str(domain) and "arid" not in str(domain)
-
-
-def test_a_pattern_names_a_domain_in_part() -> None:
-    more = left_out(["region=delta, climate=boreal".replace(" ", "")]) - left_out()
-    assert len(more) == 9 and all(d.region == "delta" and d.climate == "boreal" for d in more)
-
-
-def test_crops_depend_on_seed_and_step_alone() -> None:
-    whole = list(make_crops())
-    assert all(view.shape == (4, 3, 32, 32) for views in whole for view in views)
-    for first_step in (1, 13):  # the window grows, and slides
-        for views, again in zip(
-            whole[first_step:], make_crops(first_step=first_step, workers=1), strict=True
-        ):
-            assert all(map(torch.equal, views, again))
-    other = next(iter(make_crops(seed=2)))
-    assert not torch.equal(other[0], whole[0][0])
-
-
-def test_views_show_the_same_place_in_other_colours(monkeypatch: pytest.MonkeyPatch) -> None:
-    rgb_only = places(left_out(["bands=irrg"]))
-    seen, other = next(iter(make_crops(rgb_only)))
-    assert not torch.equal(seen, other)
-    for name in ("GAIN", "CONTRAST", "BRIGHTNESS"):
-        monkeypatch.setattr(scenes, name, 0.0)
-    seen, other = next(iter(make_crops(rgb_only)))
-    torch.testing.assert_close(seen, other)
-    both = [next(iter(make_crops(seed=seed))) for seed in range(3)]
-    differing = [not torch.allclose(a, b) for seen, other in both for a, b in zip(seen, other, strict=True)]
-    assert any(differing) and not all(differing)  # rgb against irrg, in about half
-
-
-# ------------------------------------------------------------------------------------------ what is learned
-
-
-def test_masks_hide_their_share_in_blocks() -> None:
-    mask = draw_masks(16, (8, 10), torch.Generator().manual_seed(0))
-    assert mask.shape == (16, 8, 10)
-    blocks = mask.unflatten(2, (5, 2)).unflatten(1, (4, 2)).permute(0, 1, 3, 2, 4).flatten(3)
-    assert torch.equal(blocks.any(-1), blocks.all(-1))
-    assert blocks.all(-1).sum((1, 2)).tolist() == [round(MASKED * 20)] * 16
-    assert len(torch.unique(mask.flatten(1), dim=0)) > 10
-    assert draw_masks(2, (5, 3), torch.Generator()).shape == (2, 5, 3)
-
-
-def test_hidden_pixels_reach_nothing_but_the_target() -> None:
-    encoder = ENCODERS["dinov2_vit_tiny"](image_size=56)
-    hide = Hide(encoder)
-    torch.nn.init.normal_(hide.patch)
-    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
-    mask[0, 1, 2] = True
-    images = torch.randn(1, 3, 56, 56)
-    changed = images.clone()
-    changed[:, :, 14:28, 28:42] += 1
-    assert torch.equal(hide(images, mask), hide(changed, mask))
-    shown = hide(images, mask)
-    assert torch.equal(shown[0, :, 14:28, 28:42], hide.patch)
-    shown[:, :, 14:28, 28:42] = images[:, :, 14:28, 28:42]
-    assert torch.equal(shown, images)
-
-
-def test_masked_images_predicts_the_hidden_patches_normalised() -> None:
-    torch.manual_seed(0)
-    objective = MaskedImages(ENCODERS["dinov2_vit_tiny"](image_size=56))
-    images = torch.randn(2, 3, 56, 56) * 3 + 5
-    targets = objective.targets(images)
-    patch = images[1, :, 28:42, 42:56]
-    expected = (patch - patch.mean()) / patch.var().add(0.01).sqrt()
-    torch.testing.assert_close(targets[1, 2, 3], expected.flatten())
-    mask = draw_masks(2, (4, 4), torch.Generator().manual_seed(0))
-    torch.nn.init.zeros_(objective.head.weight)
-    torch.nn.init.zeros_(objective.head.bias)
-    torch.testing.assert_close(objective([images], mask), targets[mask].square().mean())
-
-
-def test_the_average_follows_without_a_gradient() -> None:
-    torch.manual_seed(0)
-    objective = Distillation(build_encoder(PretrainConfig("x", image_size=56)))
-    views = [torch.randn(4, 3, 56, 56) for _ in range(2)]
-    targets = objective.targets(views[1])
-    torch.testing.assert_close(targets.mean(0), torch.zeros_like(targets[0]), atol=1e-4, rtol=0)
-    torch.testing.assert_close(targets.square().mean((0, 1, 2)), torch.ones(128), atol=1e-3, rtol=0)
-    objective(views, draw_masks(4, (4, 4), torch.Generator().manual_seed(0))).backward()
-    assert all(p.grad is None for p in objective.average.parameters())
-    before = objective.average.patch_embed.proj.bias.clone()
-    with torch.no_grad():
-        objective.encoder.patch_embed.proj.bias += 1
-    objective.after_step(0.0)
-    torch.testing.assert_close(objective.average.patch_embed.proj.bias, before + 0.01)
-    assert objective.learned() is objective.average
-
-
-def test_layer_scale_starts_where_minutes_can_move_it() -> None:
-    encoder = build_encoder(PretrainConfig("x"))
-    assert encoder.blocks[0].ls1.gamma.eq(1).all() and encoder.blocks[3].ls2.gamma.eq(1).all()
-
-
 @pytest.mark.parametrize("model", SIZES)
 def test_filling_in_gets_better(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pretrain(
@@ -195,6 +65,25 @@ def test_filling_in_gets_better(model: str, tmp_path: Path, capsys: pytest.Captu
     assert len(losses) == 4 and losses[-1] < 0.95 * losses[0]
 
 
+@pytest.mark.parametrize("model", SIZES)
+def test_unit_scale_changes_the_scale_alone(model: str) -> None:
+    size = SIZES[model]
+    encoder = build_encoder(PretrainConfig("x", model=model, image_size=size)).eval().double()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)  # no bias or scale stays at its start
+        images = torch.randn(3, 3, size, size).double() * 0.3
+        before = encoder.forward_intermediates(images, range(4))
+        pretraining.to_unit_scale(encoder, images)
+        after = encoder.forward_intermediates(images, range(4))
+    assert torch.cat(after).square().mean().item() == pytest.approx(1, rel=1e-4)
+    factor = after[0].norm() / before[0].norm()
+    assert not 0.8 < factor < 1.2
+    for small, large in zip(after, before, strict=True):
+        assert (small - large * factor).norm() < 0.01 * small.norm()  # norms have an epsilon
+
+
 # --------------------------------------------------------------------------------------- runs and their files
 
 
@@ -202,7 +91,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Ctrl-C while step number `steps` runs."""
     step = pretraining.Run.step
 
-    def stopped(self: pretraining.Run, number: int, views: list[Tensor]) -> Tensor:
+    def stopped(self: pretraining.Run, number: int, views: Views) -> Tensor:
         if number == steps - 1:
             signal.raise_signal(signal.SIGINT)
         return step(self, number, views)
@@ -210,7 +99,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(pretraining.Run, "step", stopped)
 
 
-@pytest.mark.parametrize("objective", ["mim", "distill"])
+@pytest.mark.parametrize("objective", ["contrast", "mim", "distill"])
 def test_a_stopped_run_ends_with_the_same_bits(
     objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,8 +196,8 @@ def test_ctrl_c_is_130(
     assert capsys.readouterr().err.endswith("rsmodels: interrupted\n")
     for more, message in (
         ("", "a run was stopped here"),
-        (" --resume auto --lr 1", "it was written with lr 0.001, this run has 1.0; resume with the options"),
-        (" --resume auto --objective distill", "it was written with objective mim, this run has distill"),
+        (" --resume auto --lr 1", "it was written with lr 0.002, this run has 1.0; resume with the options"),
+        (" --resume auto --objective mim", "it was written with objective contrast, this run has mim"),
         (" --resume auto --steps 4", "it was written with steps 3, this run has 4"),
     ):
         assert main((words + more).split()) == 2
@@ -335,7 +224,7 @@ def test_ctrl_c_is_130(
             "--image-size 60",
             "rsmodels: error: --image-size 60: expected a positive multiple of 14, in pixels",
         ),
-        ("--image-size 28", "--image-size 28: too small to hide patches of 14 pixels in; give at least 42"),
+        ("--image-size 28", "--image-size 28: too small to learn from patches of 14 pixels; give at least"),
         ("--leave-out climate=martian", "domain climate='martian' is unknown"),
         ("--leave-out bands=rgb,bands=irrg", "each at most once"),
         ("--data folder", "--data: expected synthetic, found folder"),
