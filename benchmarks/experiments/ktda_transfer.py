@@ -20,11 +20,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--teacher-weights", required=True, help="the file that `rsmodels pretrain` wrote")
     options = parser.parse_args(argv)
     common = {"method": "ktda", "optim": OptimConfig(lr=options.lr, weight_decay=0.01)}
+    # Padded from 128 to 140 pixels, the teacher's last patches would lie almost one off the student's.
+    teacher = {"teacher_weights": options.teacher_weights, "teacher_fit": "resize"}
     variants = {
         "without the transfer term": recipe(options, model_args={"transfer": False}, **common),
-        "KTDA": recipe(options, teacher_weights=options.teacher_weights, **common),
+        "KTDA": recipe(options, **teacher, **common),
     }
-    print(compare(variants, options, {"teacher_sha256": sha256_of(Path(options.teacher_weights))}))
+    setting = {"teacher_sha256": sha256_of(Path(options.teacher_weights)), "teacher_fit": "resize"}
+    print(compare(variants, options, setting))
     return 0
 
 
