@@ -150,7 +150,7 @@ def _measure_scenes(
     count = SYNTHETIC_SCENES if config.limit is None else config.limit
     moments = RunningMoments(style.size)
     scenes = _scenes(config, choice, count)
-    for place, scene in tqdm(scenes, "style-stats", count, unit="scene", disable=None):
+    for (place,), (scene,) in tqdm(scenes, "style-stats", count, unit="scene", disable=None):
         views = torch.stack([scene[list(BANDS[bands])] for bands in choice[place][1]])
         moments.add(style.embed(views.to(device) / VALUE_RANGE))
     also = f" and {config.leave_out}" if config.leave_out else ""
@@ -161,11 +161,11 @@ def _measure_scenes(
     return moments, count, 0, source
 
 
-def _scenes(config: StyleStatsConfig, choice: list[Place], count: int) -> Iterator[tuple[int, Tensor]]:
+def _scenes(config: StyleStatsConfig, choice: list[Place], count: int) -> Iterator[tuple[list[int], Tensor]]:
     workers = reader_processes() if config.num_workers is None else config.num_workers
     return iter(
         DataLoader(
-            SceneStream(config.seed, config.image_size, choice),
+            SceneStream(config.seed, config.image_size, choice, looks=1),
             batch_size=None,
             sampler=range(count),
             num_workers=workers,
