@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints, overload
 
@@ -29,7 +29,7 @@ Builder = TypeVar("Builder", bound=Callable[..., nn.Module])
 
 MODELS: dict[str, Callable[..., nn.Module]] = {}
 ENCODERS: dict[str, Callable[..., nn.Module]] = {}
-# Options of a model's class that its builder settles, by the model's name.
+# Options of a model's or an encoder's class that its builder settles, by the name of either.
 FIXED_OPTIONS: dict[str, tuple[str, ...]] = {}
 # What --method knows.
 METHODS: dict[str, "Method"] = {}
@@ -113,8 +113,15 @@ def register_model(builder: Any = None, *, fixed: tuple[str, ...] = (), teacher:
     return _register(MODELS, builder)
 
 
-def register_encoder(builder: Builder) -> Builder:
-    """Make `builder(*, image_size, ...)` known to create_backbone under its own name."""
+@overload
+def register_encoder(builder: Builder) -> Builder: ...
+@overload
+def register_encoder(*, fixed: tuple[str, ...]) -> Callable[[Builder], Builder]: ...
+def register_encoder(builder: Any = None, *, fixed: tuple[str, ...] = ()) -> Any:
+    """Make `builder(*, image_size, ...)` known to create_backbone under its own name; see register_model."""
+    if builder is None:
+        return functools.partial(register_encoder, fixed=fixed)
+    FIXED_OPTIONS[builder.__name__] = fixed
     return _register(ENCODERS, builder)
 
 
@@ -218,7 +225,7 @@ def create_backbone(
     builder = _look_up(ENCODERS, name, "encoder")
     if image_size is not None:
         options["image_size"] = image_size
-    check_options(builder, name, options)
+    check_options(builder, name, options, settled=FIXED_OPTIONS.get(name, ()))
     encoder: Any = builder(**options)
     if pretrained is not None:
         encoder.load_pretrained(pretrained)
@@ -243,7 +250,7 @@ def create_teacher(
         pretrained, options: as in create_model, of the encoder.
     """
     teacher: Any = _look_up(TEACHERS, name, "teacher")
-    check_options(ENCODERS[name], name, options, settled=("image_size",))
+    check_options(ENCODERS[name], name, options, settled=("image_size", *FIXED_OPTIONS.get(name, ())))
     teacher = teacher(image_size=image_size, fit=fit, **options)
     if pretrained is not None:
         teacher.load_pretrained(pretrained)
@@ -333,7 +340,8 @@ def load_model(
     Args:
         directory: e.g. runs/NAME/best.
         model: the name that the caller expects; another one in the folder is a ValueError.
-        overrides: arguments of create_model to change, e.g. image_size: position tables are resized.
+        overrides: arguments of create_model to change, e.g. image_size: position tables are resized; mean,
+            std and bands go before those of model.json.
     """
     directory = Path(directory)
     record_path, weights_path = directory / "model.json", directory / "model.safetensors"
@@ -357,12 +365,15 @@ def load_model(
     arguments |= overrides
     loaded = create_model(info["model"], state_follows=True, **arguments)
     loaded.base_weights = info.get("base_weights")
-    bands = info.get("bands")
-    loaded.preprocessing = Preprocessing(tuple(info["mean"]), tuple(info["std"]), bands and tuple(bands))
+    saved = Preprocessing(info["mean"], info["std"], info.get("bands"))
+    own = {key: getattr(loaded.preprocessing, key) for key in ("mean", "std", "bands") if key in overrides}
+    loaded.preprocessing = replace(saved, **own)
     state = read_state(weights_path)
+    advice = "keep model.json and model.safetensors of one save together"
     if "image_size" in overrides:
         loaded.resize_state(state, saved_size=info.get("image_size"))
-    _load_whole(loaded, state, weights_path, f"{info['model']} {json.dumps(info['arguments'])}")
+        advice += "; where the model is built for one image size, load it without image_size="
+    _load_whole(loaded, state, weights_path, f"{info['model']} {json.dumps(info['arguments'])}; {advice}")
     return loaded.to(device).eval(), info
 
 
@@ -375,8 +386,5 @@ def _load_whole(model: nn.Module, state: Mapping[str, Tensor], path: Path, expec
             f"{len(missing)} tensors missing, {len(unknown)} unknown, {len(misfits)} of another shape "
             f"(first: {(missing + unknown + sorted(misfits))[0]})"
         )
-        raise ValueError(
-            f"{path}: weights of another variant: {found}; expected {expected}; keep model.json and "
-            "model.safetensors of one save together"
-        )
+        raise ValueError(f"{path}: weights of another variant: {found}; expected {expected}")
     model.load_state_dict(dict(state))

@@ -1,8 +1,11 @@
 """Any four-stage network of timm as an encoder (https://github.com/huggingface/pytorch-image-models)."""
 
+import itertools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rsmodels.weights import LoadReport, load_part, read_state, resolve, sha256_of
 
@@ -16,21 +19,22 @@ def timm_stages(name: str, *, image_size: tuple[int, int] | None = None, **optio
 
     Args:
         name: a timm model whose last four stages are at 1/4, 1/8, 1/16 and 1/32 of the input.
-        image_size: H and W of the images, for networks that are built for one size, as Swin's are.
+        image_size: H and W of the images; networks that are built for one size, as Swin's are, get this one,
+            and one that cannot take it is a ValueError.
         options: timm's own, e.g. drop_path_rate; weights are loaded by the caller.
     """
     import timm  # imports torchvision and Pillow, which other models do without
 
+    given = options
     try:
         known = timm.get_pretrained_cfg(name)
         if image_size is not None and known is not None and known.fixed_input_size:
             options = {"img_size": image_size, **options}
         network: Any = timm.create_model(name, pretrained=False, features_only=True, out_indices=4, **options)
-    except (RuntimeError, TypeError, AttributeError, IndexError, AssertionError) as error:
-        reason = " ".join(str(error).split())
+    except Exception as error:  # timm checks few options: a wrong one ends as whatever it leads to
         raise ValueError(
             f"student {name!r}: timm cannot build it as a feature pyramid with the options {options} "
-            f"({reason}); see timm.list_models() for names, and the network for its options"
+            f"({_reason(error)}); see timm.list_models() for names, and the network for its options"
         ) from None
     reductions = network.feature_info.reduction()
     if reductions != REDUCTIONS:
@@ -43,7 +47,30 @@ def timm_stages(name: str, *, image_size: tuple[int, int] | None = None, **optio
             f"student {name!r}: hands out its stages as {_layout(network)}; expected maps, "
             f"{' or '.join(LAYOUTS)}, as those of convnext_base or swin_tiny_patch4_window7_224"
         )
+    if image_size is not None:
+        _check_size(network, name, image_size, given.get("in_chans", 3))
     return network
+
+
+def _check_size(network: Any, name: str, image_size: tuple[int, int], channels: int) -> None:
+    """ValueError where the network cannot take images of this size; two of them, without their numbers."""
+    images = torch.empty(2, channels, *image_size, device="meta")
+    tensors = itertools.chain(network.named_parameters(), network.named_buffers())
+    try:
+        with torch.no_grad():
+            functional_call(network, {key: value.to("meta") for key, value in tensors}, (images,))
+    except NotImplementedError:  # an operation that has no shapes without numbers says nothing of the size
+        return
+    except Exception as error:
+        raise ValueError(
+            f"student {name!r}: cannot take images of {image_size[0]}x{image_size[1]} pixels "
+            f"({_reason(error)}); choose another image size, or another student, as convnext_base"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line that is never empty."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def stage_maps(network: Any, images: Tensor) -> list[Tensor]:
@@ -76,7 +103,7 @@ def load_timm_stages(model: nn.Module, part: str, source: str, *, advice: str = 
     advice: where else a file of another network may belong.
     """
     path = resolve(source)
-    network = model.get_submodule(part)
+    network: Any = model.get_submodule(part)
     stages = _whole(network)
     # timm flattens the names of a pyramid's stages: stages.0.blocks becomes stages_0.blocks.
     own = {key.replace(".", "_"): key for key in stages.state_dict()}
@@ -95,7 +122,17 @@ def load_timm_stages(model: nn.Module, part: str, source: str, *, advice: str = 
             state[own.get(flat, key)] = value
         else:
             report.dropped[key] = "behind the last stage"
-    load_part(stages, state, report, part if stages is network else f"{part}.model")
+    try:
+        load_part(stages, state, report, part if stages is network else f"{part}.model")
+    except ValueError as error:
+        published = network.pretrained_cfg
+        if not published["fixed_input_size"]:
+            raise
+        height, width = published["input_size"][1:]
+        raise ValueError(
+            f"{error}; this network is built for one image size: take that of the weights, as published "
+            f"{height}x{width}"
+        ) from None
     report.finish(model)
     return report
 

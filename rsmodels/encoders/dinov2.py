@@ -285,7 +285,7 @@ def dinov2_vit_l(*, image_size: int | tuple[int, int] = 518, **options: Any) -> 
     return DinoViT(1024, 24, 16, image_size=image_size, **options)
 
 
-@register_encoder
+@register_encoder(fixed=("swiglu",))
 def dinov2_vit_g(*, image_size: int | tuple[int, int] = 518, **options: Any) -> DinoViT:
     """DINOv2 ViT-g: 40 blocks of width 1536 with SwiGLU."""
     return DinoViT(1536, 40, 24, image_size=image_size, swiglu=True, **options)

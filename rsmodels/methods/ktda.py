@@ -54,7 +54,7 @@ class KTDA(Segmenter):
         temperature: of the KL term.
         kl_weight, mse_weight, aux_weight: lambda of eqs. (3) and (5); 0 drops the term (Table II).
         drop_path: of the student's last block, rising from 0 at the first; 0 for networks of timm's that have
-            none. dropout: of both heads.
+            none, and where student_options has timm's own drop_path_rate. dropout: of both heads.
         neck_dim, head_dim, aux_dim: widths of the neck (None: D), of UPerNet and of the auxiliary head.
         activation: "softmax" over the classes, or "sigmoid" for each.
         mean, std, bands: the model's Preprocessing; ImageNet's statistics unless given.
@@ -99,11 +99,21 @@ class KTDA(Segmenter):
         check_numbers(1, fmm_heads=fmm_heads, teacher_dim=teacher_dim)
         check_numbers(1, neck_dim=neck_dim, head_dim=head_dim, aux_dim=aux_dim)
         options = dict(student_options or {})
+        channels = options.get("in_chans", 3)
+        if type(channels) is not int or channels < 1:
+            raise ValueError(
+                f"student_options: in_chans={channels!r}: expected a whole number of bands, at least 1"
+            )
+        if drop_path and "drop_path_rate" in options:
+            raise ValueError(
+                f"student_options: drop_path_rate={options['drop_path_rate']} beside drop_path={drop_path}; "
+                "give the rate as drop_path alone"
+            )
         super().__init__(
             num_classes=num_classes,
             image_size=image_size,
             activation=activation,
-            channels=options.get("in_chans", 3),
+            channels=channels,
             mean=mean,
             std=std,
             bands=bands,
@@ -118,9 +128,9 @@ class KTDA(Segmenter):
             options["drop_path_rate"] = drop_path
         self.student_name = student
         self.student = timm_stages(student, image_size=self.image_size, **options)
-        channels = self.student.feature_info.channels()
+        widths = self.student.feature_info.channels()
         self.single_scale = scales == "single"
-        used = channels[-1:] if self.single_scale else channels
+        used = widths[-1:] if self.single_scale else widths
         dim = teacher_dim
         width = neck_dim or dim
         self.align = FeatureAlignment(used, dim)
@@ -182,6 +192,11 @@ class KTDA(Segmenter):
             raise ValueError(
                 "losses: the batch has no 'teacher' maps to learn from; add those of rsmodels.create_teacher "
                 "or create the model with transfer=False"
+            )
+        if len(teacher) != len(NECK_SCALES):
+            raise ValueError(
+                f"losses: {len(teacher)} teacher maps, expected {len(NECK_SCALES)}, those of "
+                "rsmodels.create_teacher"
             )
         expected = (self.teacher_dim, *self.grid_size)
         found = {tuple(theirs.shape[1:]) for theirs in teacher}

@@ -59,6 +59,13 @@ def test_the_baseline_has_no_switches(switch: str) -> None:
         rsmodels.create_model("sam_lora_tiny", num_classes=2, **{switch: True})
 
 
+def test_an_encoder_keeps_what_its_builder_settles() -> None:
+    with pytest.raises(ValueError, match="dinov2_vit_g has no option 'swiglu'"):
+        rsmodels.create_backbone("dinov2_vit_g", out_indices=(0,), swiglu=False)
+    with pytest.raises(ValueError, match="dinov2_vit_g has no option 'swiglu'"):
+        rsmodels.create_teacher("dinov2_vit_g", image_size=64, swiglu=True)
+
+
 @pytest.mark.parametrize("classes", [0, -1, 2.0, None])
 def test_num_classes(classes) -> None:
     with pytest.raises(ValueError, match="num_classes="):
@@ -154,6 +161,14 @@ def test_preprocessing_of_the_record_wins(tmp_path: Path) -> None:
     model.preprocessing = Preprocessing((9.0, 8.0, 7.0), (1.0, 2.0, 3.0), (2, 3, 5))
     save_model(model, tmp_path / "best")
     assert load_model(tmp_path / "best")[0].preprocessing == model.preprocessing
+
+
+def test_preprocessing_that_the_caller_gives_goes_before_the_record(tmp_path: Path) -> None:
+    model = tiny()
+    model.preprocessing = Preprocessing((9.0, 8.0, 7.0), (1.0, 2.0, 3.0), (2, 3, 5))
+    save_model(model, tmp_path / "best")
+    loaded, _ = load_model(tmp_path / "best", bands=(3, 2, 1), std=(4.0, 5.0, 6.0))
+    assert loaded.preprocessing == Preprocessing((9.0, 8.0, 7.0), (4.0, 5.0, 6.0), (3, 2, 1))
 
 
 def test_load_at_another_size(tmp_path: Path) -> None:

@@ -56,10 +56,32 @@ def test_a_student_without_checkpointing_says_so() -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "name, size, found",
+    [("efficientformer_l1", 32, "batch2 tensor"), ("inception_v4", 64, "Kernel size")],
+)
+def test_a_size_that_a_network_cannot_take(name: str, size: int, found: str) -> None:
+    expected = f"^student '{name}': cannot take images of {size}x{size} pixels .*{found}"
+    with pytest.raises(ValueError, match=expected) as error:
+        timm_stages(name, image_size=(size, size))
+    assert "\n" not in str(error.value)
+
+
+def test_the_check_of_the_size_leaves_no_trace() -> None:
+    torch.manual_seed(0)
+    plain = timm_stages("resnet18")
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    checked = timm_stages("resnet18", image_size=(64, 96))
+    assert torch.equal(drawn, torch.rand(1))
+    for (key, a), b in zip(plain.state_dict().items(), checked.state_dict().values(), strict=True):
+        assert torch.equal(a, b), key
+
+
 class Holder(nn.Module):
-    def __init__(self, name: str, **options) -> None:
+    def __init__(self, name: str, size: int = 64, **options) -> None:
         super().__init__()
-        self.student = timm_stages(name, image_size=(64, 64), **options)
+        self.student = timm_stages(name, image_size=(size, size), **options)
         self.rest = nn.Linear(2, 2)
 
 
@@ -97,10 +119,21 @@ def test_weights_of_another_network_are_an_error(tmp_path: Path) -> None:
         load_timm_stages(Holder("convnext_atto", **SMALL), "student", str(tmp_path / "deeper.pth"))
 
 
+def test_weights_for_another_image_size_are_named(tmp_path: Path) -> None:
+    name = "swin_tiny_patch4_window7_224"
+    torch.save(timm.create_model(name, **SWIN).state_dict(), tmp_path / "whole.pth")
+    with pytest.raises(ValueError, match=r"bias_table has shape .* one image size: .* 224x224") as error:
+        load_timm_stages(Holder(name, **SWIN), "student", str(tmp_path / "whole.pth"))
+    assert "\n" not in str(error.value)
+    load_timm_stages(Holder(name, 224, **SWIN), "student", str(tmp_path / "whole.pth"))
+
+
 @pytest.mark.parametrize(
     "name, options, found",
     [
         ("no_such_net", {}, "no_such_net"),
+        ("resnet18", {"act_layer": "nonsense"}, "('nonsense')"),
+        ("resnet18", {"checkpoint_path": "/no/such.pth"}, "(FileNotFoundError)"),
         ("vit_tiny_patch16_224", {}, "1/16, 1/16"),
         ("resnet18", {"dims": 3}, "dims"),
     ],

@@ -211,6 +211,14 @@ def test_what_is_saved_is_the_student_alone(tmp_path: Path) -> None:
         assert larger(torch.randn(1, 3, 96, 96)).shape == (1, 3, 96, 96)
 
 
+def test_a_student_of_one_size_says_so(tmp_path: Path) -> None:
+    model = tiny(student="swin_tiny_patch4_window7_224", student_options=SWIN, image_size=224)
+    rsmodels.save_model(model, tmp_path / "best")
+    assert rsmodels.load_model(tmp_path / "best")[0].image_size == (224, 224)
+    with pytest.raises(ValueError, match=r"bias_table\).* one image size, load it without image_size="):
+        rsmodels.load_model(tmp_path / "best", image_size=64)
+
+
 SWIN = {"depths": (1, 1, 1, 1), "embed_dim": 8, "num_heads": (1, 1, 2, 2)}
 
 
@@ -257,6 +265,10 @@ def test_without_a_teacher_it_says_what_is_missing() -> None:
     del data["teacher"]
     with pytest.raises(ValueError, match=r"no 'teacher' maps .*transfer=False"):
         model.losses(data)
+    for count in (3, 5):
+        data["teacher"] = [torch.randn(2, 128, 5, 5)] * count
+        with pytest.raises(ValueError, match=f"losses: {count} teacher maps, expected 4"):
+            model.losses(data)
     data["teacher"] = [torch.randn(2, 64, 5, 5)] * 4
     with pytest.raises(ValueError, match=r"maps of \(64, 5, 5\) .*from \(128, 5, 5\); .*teacher_dim="):
         model.losses(data)
@@ -287,6 +299,12 @@ def test_without_a_teacher_it_says_what_is_missing() -> None:
         ({"fmm_heads": 3}, "fmm_heads=3.* divide 128"),
         ({"image_size": 80}, "image_size=80: .*multiple of 32"),
         ({"student": "alexnet"}, "student 'alexnet'"),
+        ({"student": "inception_v4"}, "student 'inception_v4': cannot take images of 64x64"),
+        ({"drop_path": 0.4, "student_options": {"drop_path_rate": 0.1}}, "=0.1 beside drop_path=0.4"),
+        *(
+            ({"student_options": {"in_chans": bands}}, f"in_chans={bands!r}: expected a whole number")
+            for bands in ("abc", None, 3.5, 0, -1, True)
+        ),
     ],
 )
 def test_bad_options_are_named(options: dict, match: str) -> None:
