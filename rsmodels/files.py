@@ -85,7 +85,15 @@ def hold_folder(folder: str | os.PathLike[str]) -> IO[str]:
     left behind by a kill; of POSIX's kind, so that processes forked for reading do not keep it. Where the
     file system knows no locks, nobody is kept out.
     """
-    path = Path(folder) / ".lock"
+    return _hold(Path(folder) / ".lock", folder, "folder")
+
+
+def hold_file(file: str | os.PathLike[str]) -> IO[str]:
+    """The same for a file, by `.NAME.lock` beside it, and for what else is written on the way to it."""
+    return _hold(Path(file).with_name(f".{Path(file).name}.lock"), file, "name")
+
+
+def _hold(path: Path, held: str | os.PathLike[str], kind: str) -> IO[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.open("a+", encoding="utf-8")
     if fcntl is None:
@@ -97,7 +105,7 @@ def hold_folder(folder: str | os.PathLike[str]) -> IO[str]:
         holder = lock.read().strip() or "another process"
         lock.close()
         raise ValueError(
-            f"{folder}: {holder} is writing there; let it finish, stop it, or choose another folder"
+            f"{held}: {holder} is writing there; let it finish, stop it, or choose another {kind}"
         ) from None
     except OSError:
         return lock

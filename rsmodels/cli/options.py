@@ -8,6 +8,7 @@ is a list, an unknown option gets the nearest known one, and every error is one 
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import json
@@ -28,7 +29,7 @@ ALIASES = {"--run": "--run_dir"}
 _NUMBER = r"-?\d+(\.\d*)?(e-?\d+)?"
 NUMBERS = re.compile(rf"{_NUMBER}(,{_NUMBER})+")
 ONE_NUMBER = re.compile(_NUMBER)
-BOOLEANS = ("true", "false")
+BOOLEANS = ("true", "false", "null")
 
 
 class UsageError(ValueError):
@@ -53,8 +54,7 @@ def parse(command: str, summary: str, run: Callable[[Any], int], arguments: Sequ
     config_class = typing.get_type_hints(run)["config"]
     parser = _parser(command, summary, config_class)
     try:
-        words = _normalise(parser, arguments)
-        _check_config_files(parser, words)
+        words = _normalise(parser, arguments, _read_config_files(parser, arguments))
         parsed = parser.instantiate(parser.parse_args(words))
     except argparse.ArgumentError as error:
         raise UsageError(f"{_one_line(str(error))} (see rsmodels {command} --help)") from None
@@ -83,10 +83,10 @@ def _parser(command: str, summary: str, config_class: type) -> Parser:
     return parser
 
 
-def _normalise(parser: Parser, arguments: Sequence[str]) -> list[str]:
-    """The arguments as jsonargparse wants them."""
+def _normalise(parser: Parser, arguments: Sequence[str], given: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The arguments as jsonargparse wants them; `given`: what the configuration files say, in their order."""
     actions = {option: action for action in parser._actions for option in action.option_strings}
-    arguments = _join_nested(arguments, actions)
+    arguments = _join_nested(arguments, actions, given)
     result = []
     action: argparse.Action | None = None  # of the option before this word
     for position, argument in enumerate(arguments):
@@ -103,7 +103,7 @@ def _normalise(parser: Parser, arguments: Sequence[str]) -> list[str]:
             raise UsageError(f"option {written} is not known; {_nearest(written, actions)}")
         if _is_list(value, action):
             value = f"[{value}]"
-        elif getattr(action, "_typehint", None) is bool and not equals and following not in BOOLEANS:
+        elif _is_switch(action) and not equals and following not in BOOLEANS:
             equals, value = "=", "true"
         result.append(option + equals + value)
     return result
@@ -116,8 +116,15 @@ def _is_list(value: str, action: argparse.Action | None) -> bool:
     return bool(NUMBERS.fullmatch(value) or (several and ONE_NUMBER.fullmatch(value)))
 
 
-def _join_nested(arguments: Sequence[str], actions: Mapping[str, argparse.Action]) -> list[str]:
-    """--model-args.a.b 1 --model-args.a.c 2 as one --model_args.a: jsonargparse keeps the last alone."""
+def _is_switch(action: argparse.Action) -> bool:
+    return getattr(action, "_typehint", None) in (bool, bool | None)
+
+
+def _join_nested(
+    arguments: Sequence[str], actions: Mapping[str, argparse.Action], given: Sequence[Mapping[str, Any]]
+) -> list[str]:
+    """--model-args.a.b 1 --model-args.a.c 2 as one --model_args.a: jsonargparse keeps the last alone. What a
+    configuration file gives in model_args.a stays, but for what is given anew."""
     result: list[str] = []
     nested: dict[str, dict[str, Any]] = {}
     words = list(arguments)
@@ -129,7 +136,13 @@ def _join_nested(arguments: Sequence[str], actions: Mapping[str, argparse.Action
         if not deep or not (equals or words):
             result.append(word)
             continue
-        inner = nested.setdefault(".".join(names[:2]), {})
+        option, key = names[0].removeprefix("--"), names[1]
+        if (joined := f"{names[0]}.{key}") not in nested:
+            # jsonargparse takes dictionaries of a file whole: the last one counts.
+            said = next((file[option] for file in reversed(given) if option in file), None)
+            before = said.get(key) if isinstance(said, dict) else None
+            nested[joined] = copy.deepcopy(before) if isinstance(before, dict) else {}
+        inner = nested[joined]
         for name in names[2:-1]:
             if not isinstance(inner.get(name), dict):
                 inner[name] = {}
@@ -150,8 +163,9 @@ def _value(option: str, text: str) -> Any:
         raise UsageError(f"option {option}: {text!r} is no value; check its brackets and quotes") from None
 
 
-def _check_config_files(parser: Parser, words: Sequence[str]) -> None:
-    """Say which file is wrong, and where: jsonargparse would name neither."""
+def _read_config_files(parser: Parser, words: Sequence[str]) -> list[dict[str, Any]]:
+    """The files after --config. Says which one is wrong, and where: jsonargparse would name neither."""
+    contents = []
     actions = {option: action for action in parser._actions for option in action.option_strings}
     for position, word in enumerate(words):
         option, equals, value = word.partition("=")
@@ -171,6 +185,8 @@ def _check_config_files(parser: Parser, words: Sequence[str]) -> None:
                 raise UsageError(
                     f"--config {path}: option {name!r} is not known; {_nearest(f'--{name}', actions)}"
                 )
+        contents.append(content)
+    return contents
 
 
 def _names(
@@ -201,6 +217,7 @@ def _nearest(written: str, known: Iterable[str]) -> str:
 def _one_line(message: str) -> str:
     """jsonargparse's report of a wrong value, several lines of Python types, as one line of plain words."""
     message = re.sub(r'Parser key "([\w.]+)"', lambda key: "--" + key[1].replace("_", "-"), message)
+    message = re.sub(r"^argument (--[\w.]+)", lambda option: option[1].replace("_", "-"), message)
     expected = re.findall(r"Expected an? (.+?)(?:\. Got value|$)", message, re.MULTILINE)
     found = re.search(r"(?:Got value|Given value): (.*)", message)
     if not message.startswith("--") or not expected or found is None:

@@ -139,14 +139,19 @@ def _check_output(config: PretrainConfig) -> None:
         raise ValueError(f"--output {output}: expected a file name that ends in .safetensors")
     if output.is_dir():
         raise ValueError(f"--output {output}: is a folder; give a file name")
-    if config.resume is None:
-        if output.exists():
-            raise ValueError(f"--output {output}: already exists; give another name, or remove it")
-        if config.state_path.exists():
-            raise ValueError(
-                f"--output {output}: a run was stopped here ({config.state_path}); go on with --resume auto, "
-                "give another name, or remove that file"
-            )
     output.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(output.parent, os.W_OK):
         raise PermissionError(f"--output {output}: the folder {output.parent} is not writable")
+
+
+def check_unused(config: PretrainConfig) -> None:
+    """ValueError where another run has come to the same output, or part of the way. Asked by who holds it."""
+    if config.resume is not None:
+        return
+    if Path(config.output).exists():
+        raise ValueError(f"--output {config.output}: already exists; give another name, or remove it")
+    if config.state_path.exists():
+        raise ValueError(
+            f"--output {config.output}: a run was stopped here ({config.state_path}); go on with --resume "
+            "auto, give another name, or remove that file"
+        )

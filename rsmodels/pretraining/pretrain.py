@@ -22,7 +22,8 @@ from tqdm import tqdm
 from rsmodels.arguments import ImageSizeError
 from rsmodels.data.synthetic.gaps import left_out
 from rsmodels.evaluation.inference import pick_device, pick_dtype
-from rsmodels.pretraining.config import PREPROCESSING, PretrainConfig, Purpose, resolve
+from rsmodels.files import hold_file
+from rsmodels.pretraining.config import PREPROCESSING, PretrainConfig, Purpose, check_unused, resolve
 from rsmodels.pretraining.objectives import OBJECTIVES, draw_masks, patch_size
 from rsmodels.pretraining.probe import linear_probe
 from rsmodels.pretraining.scenes import Crops, Views, places
@@ -60,10 +61,16 @@ class Pretrained:
 def pretrain(config: PretrainConfig) -> Pretrained:
     """Pretrain as `config` says and write its output file.
 
-    Bad input, and a loss that is not finite, is a ValueError of one line; KeyboardInterrupt follows the state
-    of a run that was asked to stop.
+    Bad input, and a loss that is not finite, is a ValueError of one line, and so is an output that another
+    process is making; KeyboardInterrupt follows the state of a run that was asked to stop.
     """
     config = resolve(config)
+    with hold_file(config.output):
+        check_unused(config)
+        return _pretrain(config)
+
+
+def _pretrain(config: PretrainConfig) -> Pretrained:
     output = Path(config.output)
     if config.resume == "auto" and output.exists():
         _check_finished(config)

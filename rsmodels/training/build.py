@@ -30,6 +30,7 @@ from rsmodels.training.teacher import FrozenTeacher
 
 LARGEST_DEFAULT_SIZE = 512  # pixels; the paper's largest input
 MEASURED_TILES = 256
+NO_BEST: dict[str, Any] = {"loss": math.inf, "step": 0}
 MOST_READERS = 4
 
 
@@ -290,21 +291,43 @@ def identity(model: Any, dataset: SegmentationDataset, teacher: FrozenTeacher | 
     return json.loads(json.dumps(described))
 
 
-def check_same_model(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """A checkpoint of another model, of other classes or bands, or of another teacher is a ValueError."""
+def best_so_far(path: Path, state: dict[str, Any], folder: Path, steps: int) -> dict[str, Any]:
+    """The best validation of the run in `folder` that goes on from the checkpoint `path`, over `steps` steps.
+
+    A run that goes on in another folder has none yet; where no step is left to give it one, a ValueError.
+    """
+    if (folder / "best").is_dir():
+        return state["best"]
+    if state["step"] >= steps:
+        raise ValueError(
+            f"{path}: its run is at step {state['step']} and this one ends at {steps}, so that nothing is "
+            f"left to do, and {folder} holds no best model; take more --steps, or go on in its own folder"
+        )
+    return NO_BEST
+
+
+def check_same_model(path: Path, state: dict[str, Any], now: dict[str, Any], config: TrainConfig) -> None:
+    """A checkpoint of another model, of other classes or bands, or of another teacher is a ValueError.
+
+    state: what the checkpoint holds besides tensors; now: the identity of this run, which `config` describes.
+    """
+    before = state["identity"]
     for key in now:
         if before.get(key) != now[key]:
             if key == "teacher" and before.get(key) and now[key]:
-                _refuse_teacher(path, before[key], now[key])
+                files = (state["config"].get("teacher_weights"), config.teacher_weights)
+                _refuse_teacher(path, before[key], now[key], drawn=files == (None, None))
             raise ValueError(
                 f"{path}: was written with {key} {before.get(key)}, this run has {now[key]}; resume with the "
                 "options it was started with (config.yaml), or start anew in another --run-dir"
             )
 
 
-def _refuse_teacher(path: Path, before: dict[str, Any], now: dict[str, Any]) -> NoReturn:
-    option = {"name": "", "arguments": "-args", "fit": "-fit", "sha256": "-weights"}
-    changed = ", ".join(f"--teacher{option[name]}" for name in option if before.get(name) != now.get(name))
+def _refuse_teacher(path: Path, before: dict[str, Any], now: dict[str, Any], *, drawn: bool) -> NoReturn:
+    """drawn: neither run has a file of its teacher's weights; they follow from the seed."""
+    option = {"name": "--teacher", "arguments": "--teacher-args", "fit": "--teacher-fit"}
+    option["sha256"] = "--seed" if drawn else "--teacher-weights"
+    changed = ", ".join(option[name] for name in option if before.get(name) != now.get(name))
     raise ValueError(
         f"{path}: learned from another teacher, {before['name']} with weights {before['sha256'][:12]}; "
         f"resume with the {changed} it was started with (config.yaml), or start anew in another --run-dir"

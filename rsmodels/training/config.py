@@ -169,12 +169,15 @@ def resolve(config: TrainConfig) -> TrainConfig:
     )
     if config.data != "synthetic" and config.root is None:
         raise ValueError(f"--data {config.data} needs --root: the folder that holds the data set")
-    for name in ("num_classes", "image_size", "pretrained"):
+    for name in ("num_classes", "image_size", "pretrained", "bands"):
         if name in config.model_args:
             where = (
                 "comes from the data set" if name == "num_classes" else f"has its own option, {_option(name)}"
             )
             raise ValueError(f"--model-args.{name}: {where}")
+    for name in ("pretrained", "teacher_weights", "teacher_cache"):
+        if getattr(config, name) == "":  # a script's variable that was not set
+            raise ValueError(f"{_option(name)} '': is empty; give a path, or leave it out")
     published = {**PUBLISHED, **method.optim}
     open_fields = {name: value for name, value in published.items() if getattr(config.optim, name) is None}
     config = replace(config, optim=replace(config.optim, **open_fields))
@@ -328,8 +331,11 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def write_config(config: TrainConfig, path: Path) -> None:
-    """Write the complete configuration to `path` as YAML that `--config` replays."""
-    files.write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
+    """Write the configuration to `path` as YAML that `--config` replays: complete but for `resume`, which
+    would go on with a run and not repeat it."""
+    options = to_dict(config)
+    del options["resume"]
+    files.write_text(path, yaml.safe_dump(options, sort_keys=False))
 
 
 def changed_options(

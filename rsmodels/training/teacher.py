@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -26,6 +27,7 @@ from rsmodels.training.config import TrainConfig
 from rsmodels.training.sampler import Purpose, derive_seed, seed_everything
 
 BANDS = 3
+LOOKED_AT = 16  # tiles
 
 
 class FrozenTeacher:
@@ -111,7 +113,7 @@ class MapCache:
                 checksum = (file.metadata() or {}).get("crc32")
         except (SafetensorError, OSError):
             return None
-        return maps if checksum == _checksum(maps) else None
+        return maps if maps and checksum == _checksum(maps) else None
 
     def write(self, path: Path, maps: Sequence[Tensor]) -> None:
         """Keep the maps (D, h, w) of one image."""
@@ -182,18 +184,22 @@ def _check_fit(config: TrainConfig, model: Any, network: Any) -> None:
 def _check_cache(folder: Path, dataset: SegmentationDataset, size: tuple[int, int]) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--teacher-cache {folder}: is a file; give a folder")
-    # As far as the first tile can say.
-    height, width = dataset[0]["mask"].shape
-    if height > size[0] or width > size[1]:
-        raise ValueError(
-            f"--teacher-cache {folder}: tiles of {height}x{width} pixels are cropped to {size[0]}x{size[1]} "
-            "at random, so that hardly an image comes twice: the cache would only fill the disk; leave it out"
-        )
+    # As far as some tiles can say, evenly spread: to read all of them takes too long.
+    count = min(len(dataset), LOOKED_AT)
+    for index in np.linspace(0, len(dataset) - 1, count).round().astype(int).tolist():
+        height, width = dataset[index]["mask"].shape
+        if height > size[0] or width > size[1]:
+            raise ValueError(
+                f"--teacher-cache {folder}: tiles of {height}x{width} pixels are cropped to "
+                f"{size[0]}x{size[1]} at random, so that hardly an image comes twice: the cache would only "
+                "fill the disk; leave it out"
+            )
 
 
 def _checksum(maps: Sequence[Tensor]) -> str:
-    """CRC-32 of the maps' bytes."""
+    """CRC-32 of the maps' bytes, and of how they are to be read: a file's header may be damaged, too."""
     value = 0
     for tensor in maps:
-        value = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy().data, value)
+        value = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data, value)
     return str(value)

@@ -16,6 +16,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -121,7 +122,7 @@ class Trainer:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.checkpoints = Checkpoints(self.folder, ranks, keep=config.keep_checkpoints)
         self.first_step = 0
-        self.best = {"loss": math.inf, "step": 0}
+        self.best = build.NO_BEST
         notes += self._resume(resume_from) if resume_from else []
         notes += build.describe_frozen(self.model)
         if no_test:
@@ -168,15 +169,14 @@ class Trainer:
             try:
                 state = self.checkpoints.read_state(path)
                 with self.ranks.together():
-                    build.check_same_model(path, state["identity"], self.identity)
+                    build.check_same_model(path, state, self.identity, self.config)
                 self.checkpoints.load(path, self.model, self.optimizer, state["step"])
             except DamagedCheckpointError as error:
                 notes.append(f"{error}; taking the checkpoint before it")
                 continue
             self.first_step = state["step"]
-            # A run that goes on in another folder has none yet.
-            if self.ranks.from_main((self.folder / "best").is_dir):
-                self.best = state["best"]
+            best_so_far = partial(build.best_so_far, path, state, self.folder, self.steps)
+            self.best = self.ranks.from_main(best_so_far)
             self.model.base_weights = state["base_weights"]
             changes = build.changed_kernels(state["kernels"], build.kernel_record(self.ranks.world))
             tuning.restore(state["kernels"]["tuning"])

@@ -87,6 +87,9 @@ def test_both_spellings_nested_options_flags_and_lists() -> None:
     assert tuple(betas) == (0.9, 0.95)
     assert parse("train", "train", commands.train, ["--debug", "false"]).debug is False
     assert parse("train", "train", commands.train, ["--debug=true"]).debug is True
+    for words, value in (("", True), ("true", True), ("false", False), ("null", None)):
+        given = ["--activation-checkpointing", *words.split(), "--steps", "1"]
+        assert parse("train", "train", commands.train, given).activation_checkpointing is value
 
 
 def test_torchrun_lets_every_option_of_train_pass(capsys: pytest.CaptureFixture) -> None:
@@ -146,6 +149,7 @@ def test_options_come_from_a_file_and_the_command_line_wins(tmp_path: Path) -> N
         ("train --batchsize 3", "option --batchsize is not known; did you mean --batch-size?"),
         ("train --optim.lrr 3", "option --optim.lrr is not known; did you mean --optim.lr?"),
         ("train --steps many", "--steps: expected a whole number, found many"),
+        ("train --image-size", "--image-size: expected one argument"),
         ("train --dtype fp8", "--dtype: expected fp32 or bf16, found fp8"),
         ("train --config nowhere.yaml", "nowhere.yaml"),
         ("train --method rs-sma", "did you mean rs-sam?"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +114,10 @@ def test_a_stopped_run_ends_with_the_same_bits(
     assert state.is_file() and not output.exists()
     assert "stopped after step 3 of 5" in capsys.readouterr().err
     assert pretrain(small(output, objective=objective, resume="auto")).steps == 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped.safetensors", "whole.safetensors"]
+    assert sorted(path.name for path in tmp_path.glob("[!.]*")) == [
+        "stopped.safetensors",
+        "whole.safetensors",
+    ]
     whole, resumed = read_state(tmp_path / "whole.safetensors"), read_state(output)
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
@@ -257,7 +262,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(pretraining.Run, "step", lambda *_: torch.tensor(math.nan))
     with pytest.raises(ValueError, match="step 1: the loss is nan; no state was written yet; a lower --lr"):
         pretrain(small(tmp_path / "x.safetensors"))
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("[!.]*")) == []
+
+
+def test_an_output_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
+    output = tmp_path / "x.safetensors"
+    code = (
+        "import sys; from rsmodels.files import hold_file; "
+        f"lock = hold_file({str(output)!r}); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        for resume in (None, "auto"):
+            with pytest.raises(ValueError, match=rf"x.safetensors: process {other.pid} .* another name"):
+                pretrain(small(output, steps=1, resume=resume))
+        pretrain(small(tmp_path / "y.safetensors", steps=1))  # another file of that folder is free
+        other.kill()
+    pretrain(small(output, steps=1))
 
 
 # -------------------------------------------------------------------------------------------------- the probe

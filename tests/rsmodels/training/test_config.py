@@ -46,6 +46,10 @@ def run(config: TrainConfig) -> int:
         ({"optim": OptimConfig(horizon=0)}, "--optim.horizon must be above 0, not 0"),
         ({"optim": OptimConfig(betas=(0.9, 1.0))}, "--optim.betas must lie in [0, 1)"),
         ({"bands": (0, 1)}, "--bands count from 1"),
+        ({"model_args": {"bands": [3, 2, 1]}}, "--model-args.bands: has its own option, --bands"),
+        ({"pretrained": ""}, "--pretrained '': is empty; give a path, or leave it out"),
+        ({"method": "ktda", "teacher_weights": ""}, "--teacher-weights '': is empty"),
+        ({"method": "ktda", "teacher_cache": ""}, "--teacher-cache '': is empty"),
         ({"device": "gpu"}, "--device 'gpu' is not known"),
         ({"shard_size": 2, "parallel": "fsdp"}, "--shard-size 2 belongs to --parallel hsdp"),
         (
@@ -162,6 +166,13 @@ def test_a_written_configuration_replays(tmp_path: Any) -> None:
     ) == replace(config, optim=replace(config.optim, lr=0.2))
 
 
+def test_a_resumed_run_is_repeated_and_not_resumed(tmp_path: Any) -> None:
+    config = TrainConfig(resume="runs/a", steps=7)
+    write_config(config, tmp_path / "config.yaml")
+    again = parse("train", "train", run, ["--config", str(tmp_path / "config.yaml")])
+    assert again == replace(config, resume=None)
+
+
 def test_every_option_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("train", "train", run, ["--help"])
@@ -207,3 +218,21 @@ def test_options_inside_of_options_are_kept_together() -> None:
     }
     with pytest.raises(ValueError, match=r"option --model-args.a.b: '\[1' is no value"):
         parse("train", "train", run, ["--model-args.a.b", "[1"])
+
+
+def test_options_inside_of_options_join_those_of_a_file(tmp_path: Any) -> None:
+    def given(*texts: str) -> dict[str, Any]:
+        words = []
+        for index, text in enumerate(texts):
+            (tmp_path / f"{index}.yaml").write_text(text)
+            words += ["--config", str(tmp_path / f"{index}.yaml")]
+        words += ["--model-args.student_options.drop", "0.1", "--model-args.student_options.a.b", "1"]
+        return parse("train", "train", run, words).model_args
+
+    new = {"drop": 0.1, "a": {"b": 1}}
+    first = "model_args: {mff: false, student_options: {depths: [1, 1], drop: 0.5, a: {c: 2}}}"
+    joined = {"depths": [1, 1], "drop": 0.1, "a": {"c": 2, "b": 1}}
+    assert given(first) == given(first, "steps: 3") == {"mff": False, "student_options": joined}
+    assert given(first, "model_args: {student_options: {x: 1}}") == {"student_options": {"x": 1, **new}}
+    for nothing in ("model_args: null", "model_args: {student_options: null}", "steps: 3"):
+        assert given(nothing) == {"student_options": new}

@@ -56,7 +56,7 @@ def test_recipe_takes_a_step_with_the_tiny_model(recipe: Path, tmp_path: Path) -
         batch_size=2,
         epochs=None,
         steps=1,
-        optim=replace(config.optim, warmup=0),
+        optim=replace(config.optim, warmup=None),  # as the documentation says how to shorten one
         loader=LoaderConfig(cache=True),
         num_workers=0,
         run_dir=str(tmp_path / "run"),

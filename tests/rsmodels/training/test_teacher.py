@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rsmodels
+from rsmodels.data import SyntheticEarth
 from rsmodels.files import atomic_path
 from rsmodels.methods.teacher import Teacher
 from rsmodels.registry import METHODS, Preprocessing, create_teacher
@@ -200,12 +203,36 @@ def test_another_teacher_is_no_reason_to_go_on(ktda: MakeConfig, tmp_path: Path)
         ) as error:
             train(ktda(steps=2, resume="auto", **other))
         assert "\n" not in str(error.value)
+        changed = "--teacher-fit" if "teacher_fit" in other else "--teacher-weights"
+        assert f"resume with the {changed} it was started with" in str(error.value)
     # The same weights from another file are the same teacher.
     moved = str((tmp_path / "1.pth").rename(tmp_path / "moved.pth"))
     assert len(losses(train(ktda(steps=2, resume="auto", teacher_weights=moved)))) == 2
 
 
+def test_another_seed_is_another_random_teacher(ktda: MakeConfig) -> None:
+    train(ktda(steps=1))
+    with pytest.raises(ValueError, match=r"learned from another teacher, .*resume with the --seed it was"):
+        train(ktda(steps=2, resume="auto", seed=1))
+
+
 # -------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_later_tile_that_would_be_cropped_ends_the_run(
+    ktda: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = SyntheticEarth.__getitem__
+
+    def reading(self: SyntheticEarth, index: int) -> dict[str, Any]:
+        sample = read(self, index)
+        if index:
+            sample.update(image=sample["image"].repeat(1, 1, 2), mask=sample["mask"].repeat(1, 2))
+        return sample
+
+    monkeypatch.setattr(SyntheticEarth, "__getitem__", reading)
+    with pytest.raises(ValueError, match="tiles of 32x64 pixels are cropped to 32x32"):
+        train(ktda(steps=1, teacher_cache=str(tmp_path / "maps")))
 
 
 @pytest.mark.parametrize(
@@ -313,7 +340,26 @@ def empty(file: Path) -> None:
     file.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [cut, flip, empty])
+def rewrite(file: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """The same bytes of maps under another header."""
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    save_file(change(load_file(file)), file, metadata)
+
+
+def other_dtype(file: Path) -> None:
+    rewrite(file, lambda maps: {name: value.view(torch.int32) for name, value in maps.items()})
+
+
+def other_shape(file: Path) -> None:
+    rewrite(file, lambda maps: {name: value.flatten(1) for name, value in maps.items()})
+
+
+def no_maps(file: Path) -> None:
+    save_file({}, file, {"crc32": "0"})
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, other_dtype, other_shape, no_maps])
 def test_a_damaged_file_is_computed_anew(
     cached: FrozenTeacher, raw: Tensor, asked: list[int], damage: Callable[[Path], None]
 ) -> None:

@@ -272,6 +272,15 @@ def test_a_run_that_goes_on_in_another_folder_has_a_best_of_its_own(make_config:
     assert (second / "best" / "model.json").is_file()
 
 
+def test_a_finished_run_has_nothing_to_do_in_another_folder(make_config: MakeConfig, tmp_path: Path) -> None:
+    first = train(make_config(steps=1))
+    with pytest.raises(
+        ValueError, match=r"step-1: its run is at step 1 and this one ends at 1,.* more --steps"
+    ):
+        train(make_config(folder="other", steps=1, resume=str(first)))
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_data_set_without_a_test_split_is_reported_on_its_validation_split(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
