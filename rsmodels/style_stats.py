@@ -179,13 +179,21 @@ def _scenes(config: StyleStatsConfig, choice: list[Place], count: int) -> Iterat
 
 
 def find_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """Every raster under `folder`, by suffix, sorted; hidden files and folders are not data."""
+    """Every raster under `folder`, by suffix, sorted; hidden files and folders are not data.
+
+    Links to folders are followed, and each folder is looked into once, by the first of its names.
+    """
     root = Path(folder)
     if not root.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give one that holds images")
-    found = []
-    for parent, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    found, seen = [], {root.resolve()}
+    for parent, folders, names in os.walk(root, followlinks=True):
+        real = {name: Path(parent, name).resolve() for name in sorted(folders) if name[0] != "."}
+        folders.clear()
+        for name, place in real.items():
+            if place not in seen:  # a link may lead to where the walk has been, or is
+                seen.add(place)
+                folders.append(name)
         found += [
             Path(parent, name)
             for name in names

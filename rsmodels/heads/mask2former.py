@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rsmodels.heads.pixel_decoder import LEVELS, PixelDecoder, sine_position_encoding, to_tokens
+from rsmodels.arguments import check_numbers
+from rsmodels.heads.pixel_decoder import LEVELS, NORM_GROUPS, PixelDecoder, sine_position_encoding, to_tokens
 from rsmodels.heads.sam_decoder import Attention
 from rsmodels.layers import MLP, LayerNorm, Linear, resize
 
@@ -60,9 +61,13 @@ class Mask2FormerHead(nn.Module):
         num_points: int = 4,
         decoder_layers: int = 9,
         decoder_mlp_dim: int = 2048,
-        norm_groups: int = 32,
+        norm_groups: int = NORM_GROUPS,
     ) -> None:
         super().__init__()
+        check_numbers(1, num_queries=num_queries, num_heads=num_heads, num_points=num_points)
+        # Without a layer of either kind its level embedding would have no gradient.
+        check_numbers(1, encoder_layers=encoder_layers, encoder_mlp_dim=encoder_mlp_dim)
+        check_numbers(1, decoder_layers=decoder_layers, decoder_mlp_dim=decoder_mlp_dim)
         self.dim = dim
         self.num_classes = num_classes
         self.pixel_decoder = PixelDecoder(

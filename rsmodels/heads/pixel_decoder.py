@@ -16,6 +16,7 @@ import rskernels
 from rsmodels.layers import MLP, LayerNorm, Linear, resize
 
 LEVELS = 3  # what the transformer sees; the finest of the four maps joins after it
+NORM_GROUPS = 32
 
 
 class PixelDecoder(nn.Module):
@@ -38,7 +39,7 @@ class PixelDecoder(nn.Module):
         num_heads: int = 8,
         num_points: int = 4,
         mlp_dim: int = 1024,
-        norm_groups: int = 32,
+        norm_groups: int = NORM_GROUPS,
     ) -> None:
         super().__init__()
         if len(in_channels) != LEVELS + 1:

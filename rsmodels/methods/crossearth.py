@@ -9,15 +9,16 @@ second flow that shares the encoder's one pass. With all of that off but Rein, t
 Shapes: B batch, K classes, H/W pixels, D encoder embedding, h/w the encoder's grid.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rsmodels.arguments import check_numbers
+from rsmodels.arguments import check_choice, check_numbers
 from rsmodels.heads.geospatial import GeospatialExtractor, Injector
-from rsmodels.heads.mask2former import Mask2FormerHead, Mask2FormerOutput, semantic_scores
+from rsmodels.heads.mask2former import NORM_GROUPS, Mask2FormerHead, Mask2FormerOutput, semantic_scores
 from rsmodels.layers import resize
 from rsmodels.layers.rein import Rein
 from rsmodels.methods.base import Segmenter
@@ -25,10 +26,11 @@ from rsmodels.methods.mask_losses import mask2former_losses
 from rsmodels.methods.masked_images import MaskedImageFlow
 from rsmodels.methods.styled_images import make_earth_style
 from rsmodels.methods.teacher import TAPS
-from rsmodels.style import from_unit, to_unit
+from rsmodels.style import COVARIANCES, MODES, from_unit, to_unit
 from rsmodels.weights import LoadReport
 
 STRIDES = (4, 8, 16, 32)  # of what the decoder sees
+FAR_ABOVE = 2  # times white, as the mean of a batch, is no bright image but another range of values
 EPSILON = 1e-6  # keeps the logarithm of a score finite
 # What of the trained matrices does not decay.
 TOKENS = ("token_a", "token_b", "prompt", "query_position", "query_features", "level_embed")
@@ -115,7 +117,19 @@ class CrossEarth(Segmenter):
             std=std,
             bands=bands,
         )
-        check_numbers(0, 1, style_probability=style_probability)
+        check_numbers(0, 1, style_probability=style_probability, style_ratio=style_ratio, style_mix=style_mix)
+        check_numbers(1, style_patch=style_patch, num_queries=num_queries, points=points)
+        check_numbers(1, gse_width=gse_width, injector_heads=injector_heads, mim_width=mim_width)
+        check_numbers(1, pixel_layers=pixel_layers, pixel_mlp_dim=pixel_mlp_dim)
+        check_numbers(1, decoder_layers=decoder_layers, decoder_mlp_dim=decoder_mlp_dim)
+        check_numbers(1, head_dim=head_dim, head_heads=head_heads)
+        if head_dim % (least := math.lcm(NORM_GROUPS, head_heads)):
+            raise ValueError(
+                f"head_dim={head_dim} with head_heads={head_heads}: expected a multiple of {least}, for the "
+                f"heads and for {NORM_GROUPS} groups in the normalisations"
+            )
+        check_choice("style_mask", style_mask, MODES)
+        check_choice("style_covariance", style_covariance, COVARIANCES)
         check_numbers(0, above=True, value_range=value_range)
         self.points = points
 
@@ -148,6 +162,7 @@ class CrossEarth(Segmenter):
                 style_model,
                 style_weights,
                 style_statistics,
+                image_size=self.image_size,
                 mix=style_mix,
                 ratio=style_ratio,
                 patch=style_patch,
@@ -220,9 +235,12 @@ class CrossEarth(Segmenter):
         where there is the masked-image flow {"mim"}, with styles also {"delta"}. In evaluation L_Seg alone.
 
         Args:
-            batch: "image" (B, 3, H, W), normalised, and "mask" (B, H, W), class ids and 255 = ignore.
+            batch: "image" (B, 3, H, W), normalised, and "mask" (B, H, W), class ids and 255 = ignore; one
+                image or more. Images whose raw values lie far above value_range are a ValueError on the CPU.
         """
         images, mask = batch["image"], batch["mask"]
+        if not len(images):
+            raise ValueError("a batch of 0 images: expected 1 or more, for losses are means over them")
         if not self.training:
             return self._segmentation_losses(self._segment(images, self._encode(images)), mask)
         styled = self._styled(images)
@@ -251,13 +269,29 @@ class CrossEarth(Segmenter):
 
     def _styled(self, images: Tensor) -> Tensor | None:
         """X_S of X with the probability of App. B.2, drawn for the whole batch; else None."""
-        if self.style is None or torch.rand(()).item() >= self.style_probability:
+        if self.style is None:
+            return None
+        self._check_range(images)
+        if torch.rand(()).item() >= self.style_probability:
             return None
         mean, std = self.preprocessing.mean, self.preprocessing.std
-        return from_unit(self.style.styled(self._unit(images)), mean, std, self.value_range)
+        styled = self.style.styled(self._unit(images))
+        return from_unit(styled, mean, std, self.value_range).to(images.dtype)
 
     def _unit(self, images: Tensor) -> Tensor:
         return to_unit(images.float(), self.preprocessing.mean, self.preprocessing.std, self.value_range)
+
+    def _check_range(self, images: Tensor) -> None:
+        """ValueError where `images` are of another range of values than value_range says."""
+        if torch.compiler.is_compiling() or images.is_cuda:
+            return  # looking at values would break the graph, or make every step wait for the GPU
+        unit = self._unit(images)
+        if unit.mean() > FAR_ABOVE:
+            raise ValueError(
+                f"value_range={self.value_range:g}: images hold raw values up to "
+                f"{unit.max() * self.value_range:.6g}, far above what is white; say with value_range which "
+                "value is, for example 10000, and normalise with statistics of these images"
+            )
 
     def style_examples(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Normalised images (B, 3, H, W) → X, X_S and X_M of them, drawn anew, each (B, 3, H, W) in [0, 1];

@@ -68,9 +68,10 @@ class MaskedImageFlow(nn.Module):
         )
 
     def masked(self, images: Tensor) -> Tensor:
-        """X_M of X: (B, 3, H, W), with a mask of its own for every image."""
+        """X_M of X: (B, 3, H, W) in X's dtype, with a mask of its own for every image."""
         height, width = images.shape[-2:]
         mask = draw_mask(len(images), (height, width), self.patch, self.ratio, device=images.device)
+        mask = mask.to(images.dtype)
         if not self.fills:
             return images * mask * self.prompt
         return images * mask + self.prompt * (1 - mask)
@@ -85,7 +86,9 @@ class MaskedImageFlow(nn.Module):
             images, masked, styled: X, X_M and X_S, each (B, 3, H, W); None where X_S was not drawn: L_Δ is
                 then zero, as it compares the two reconstructions.
         """
-        restored = self.decoder(stages).float()
+        restored = self.decoder(stages)
+        # A mean over so many pixels is not for half precision.
+        restored = restored.to(torch.promote_types(restored.dtype, torch.float32))
         restored_masked = restored[-len(images) :]
         mim = self._distance(restored_masked, images if self.target == "image" else masked)
         if styled is None:
@@ -98,7 +101,7 @@ class MaskedImageFlow(nn.Module):
     def _distance(self, restored: Tensor, target: Tensor) -> Tensor:
         # The prompt is in X_M: it learns to be seen, not to be easy to restore.
         distance = F.l1_loss if self.loss == "l1" else F.mse_loss
-        return distance(restored, target.detach().float())
+        return distance(restored, target.detach().to(restored.dtype))
 
     def resize_state(self, state: dict[str, Tensor], prefix: str) -> dict[str, str]:
         """Fit the prompt in `state` to this image size, in place; the changed keys, each with how."""

@@ -10,8 +10,8 @@ from rsmodels.methods.crossearth import CrossEarth
 from rsmodels.methods.crossearth_models import TINY, dinov2
 from rsmodels.registry import register_method, register_model
 
-BASELINE: dict[str, Any] = {"gse": False, "mim": False, "style": False}
-# What has no meaning without those.
+BASELINE: dict[str, Any] = {"rein": True, "gse": False, "mim": False, "style": False}
+# Those, and what has no meaning without the ones that are off.
 SETTLED = (
     *BASELINE,
     "gse_width",

@@ -62,14 +62,14 @@ class StyleStatistics:
         if (self.style, self.size) != (style.name, style.size):
             raise ValueError(
                 f"style statistics of {self.source or 'a field archive'} are of style {self.style!r} (S = "
-                f"{self.size}), the style here is {style.name!r} (S = {style.size}); take statistics of that "
-                f"style, or {MAKE} --style {style.name}"
+                f"{self.size}), the style here is {style.name!r} (S = {style.size}); give statistics that "
+                f"`rsmodels style-stats --style {style.name}` made"
             )
         if self.weights != (found := style.fingerprint()):
             raise ValueError(
                 f"style statistics of {self.source or 'a field archive'} were made with other weights of "
                 f"style {self.style!r} ({_short(self.weights)}) than those here ({_short(found)}); give the "
-                f"same weights, or {MAKE} with these"
+                "same weights, or statistics that `rsmodels style-stats` made with these"
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -85,6 +85,15 @@ def test_the_statistics_are_those_of_the_images(archive: Path, tmp_path: Path) -
     assert [path.name for path in find_images(archive)] == ["one.tif", "two.tif", "three.png"]
 
 
+def test_linked_folders_are_searched_once(archive: Path, tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "four.tif", pixels(4))
+    (archive / "d").symlink_to(tmp_path / "elsewhere")
+    (archive / "e").symlink_to(tmp_path / "elsewhere")
+    (archive / "c" / "round").symlink_to(archive)
+    found = [path.relative_to(archive).as_posix() for path in find_images(archive)]
+    assert found == ["a/deeper/one.tif", "b/two.tif", "c/three.png", "d/four.tif"]
+
+
 def test_bands_limit_and_value_range(archive: Path, tmp_path: Path) -> None:
     measure_styles(config(archive, tmp_path / "s.json", bands=(3, 2, 1), limit=2), fail)
     expected = embed(pixels(1)[::-1].copy(), pixels(2)[::-1].copy()).mean(0)
@@ -146,9 +155,9 @@ def test_generated_scenes_leave_the_targets_out(tmp_path: Path) -> None:
     options = {"data": "synthetic", "image_size": 32, "limit": 12, "seed": 3, "num_workers": 0}
     measured = measure_styles(config(None, tmp_path / "s.json", **options), fail)
     choice = places(left_out())
-    stream, embeddings = SceneStream(3, 32, choice), []
+    stream, embeddings = SceneStream(3, 32, choice, looks=1), []
     for index in range(12):
-        place, scene = stream[index]
+        (place,), (scene,) = stream[index]
         domain, bands = choice[place]
         image = render_scene((3, SPLIT, index), 32, domain).image
         assert np.array_equal(image, scene.numpy())

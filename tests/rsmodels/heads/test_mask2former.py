@@ -193,6 +193,10 @@ def test_queries_from_outside(theirs: Mask2FormerForUniversalSegmentation) -> No
         (CHANNELS, {"dim": 30, "num_heads": 3, "norm_groups": 3}, "multiple of 4"),
         (CHANNELS, {"dim": 64, "num_heads": 3}, "num_heads=3"),
         (CHANNELS, {"dim": 48}, "norm_groups=32"),
+        (CHANNELS, {"num_heads": 0}, "num_heads=0"),
+        (CHANNELS, {"num_queries": 0}, "num_queries=0"),
+        (CHANNELS, {"encoder_mlp_dim": -1}, "encoder_mlp_dim=-1"),
+        (CHANNELS, {"decoder_layers": 0}, "decoder_layers=0"),
     ],
 )
 def test_sizes_that_do_not_fit(channels: tuple, options: dict, expected: str) -> None:

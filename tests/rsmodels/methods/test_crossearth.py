@@ -301,9 +301,21 @@ def test_a_prompt_of_another_size_is_resized(tmp_path: Path) -> None:
         ({"prompt": "add"}, "prompt='add'"),
         ({"mask_ratio": 1.5}, "mask_ratio=1.5"),
         ({"style_probability": -0.1}, "style_probability=-0.1"),
-        ({"style_mask": "half"}, "half"),
+        ({"style_mask": "half"}, "style_mask='half'"),
         ({"injector_heads": 3}, "3 heads"),
-        ({"gse_width": 0}, "width=0"),
+        ({"gse_width": 0}, "gse_width=0"),
+        ({"style_mix": 2.0}, r"style_mix=2\.0"),
+        ({"style_patch": 0}, "style_patch=0"),
+        ({"style_covariance": "half"}, "style_covariance='half'"),
+        ({"head_heads": 0}, "head_heads=0"),
+        ({"head_dim": 30}, "head_dim=30 with head_heads=4: expected a multiple of 32"),
+        ({"pixel_mlp_dim": -1}, "pixel_mlp_dim=-1"),
+        ({"pixel_layers": 0}, "pixel_layers=0"),
+        ({"decoder_layers": 0}, "decoder_layers=0"),
+        ({"decoder_mlp_dim": 0}, "decoder_mlp_dim=0"),
+        ({"rein": False, "num_queries": 0}, "num_queries=0"),
+        ({"points": 0}, "points=0"),
+        ({"image_size": 32, "style_model": "ghiasi"}, "image_size=32x32 with style_model='ghiasi'.*43x43"),
         ({"value_range": 0.0}, "value_range=0"),
         ({"style_model": "ghiasi"}, "style_model='ghiasi' with style_weights=None"),
     ],
@@ -312,3 +324,34 @@ def test_what_is_wrong_is_said_in_one_line(options: dict, expected: str) -> None
     with pytest.raises(ValueError, match=expected) as error:
         create_model("crossearth_tiny", num_classes=3, **options)
     assert "\n" not in str(error.value)
+
+
+def test_a_batch_without_images_has_no_losses() -> None:
+    with pytest.raises(ValueError, match="a batch of 0 images"):
+        build().losses({name: value[:0] for name, value in batch_for().items()})
+
+
+def test_raw_values_far_above_white_are_no_image() -> None:
+    """Whichever steps draw styles; what is merely bright passes."""
+    model = build(style_probability=0.0)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.preprocessing.mean, model.preprocessing.std))
+    raw = torch.linspace(0, 10000, SIZE * SIZE).view(1, 1, SIZE, SIZE).expand(2, 3, -1, -1)
+    data = batch_for()
+    data["image"] = (raw - mean) / std
+    with pytest.raises(ValueError, match="value_range=255: images hold raw values up to 10000"):
+        model.losses(data)
+    model._check_range((raw * 0.05 - mean) / std)
+    build(value_range=10000.0)._check_range(data["image"])
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16))
+def test_trains_in_another_dtype(dtype: torch.dtype) -> None:
+    model = prepared().to(dtype)
+    data = batch_for()
+    data["image"] = data["image"].to(dtype)
+    assert model._styled(data["image"]).dtype == model.mim.masked(data["image"]).dtype == dtype
+    terms = losses_of(model, data)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert terms["mim"].dtype == terms["delta"].dtype == wide
+    sum(terms.values()).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

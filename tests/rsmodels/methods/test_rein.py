@@ -16,6 +16,7 @@ from rsmodels.training.config import OptimConfig
 
 SIZE = 64
 TAPS = (0, 1, 2, 3)
+FROZEN = dict.fromkeys(("rein", "gse", "mim", "style"), False)
 
 
 def build(name: str = "rein_tiny", **options) -> CrossEarth:
@@ -38,7 +39,7 @@ def bits(module: nn.Module) -> str:
 
 @pytest.mark.parametrize(
     "name, options",
-    [("rein_tiny", {}), ("rein_tiny", {"rein": False}), ("crossearth_tiny", {"style_probability": 0.5})],
+    [("rein_tiny", {}), ("crossearth_tiny", FROZEN), ("crossearth_tiny", {"style_probability": 0.5})],
 )
 def test_nothing_frozen_ever_changes(name: str, options: dict) -> None:
     """Bit for bit, over steps of the trainer's own optimiser, which holds no state for it."""
@@ -76,7 +77,7 @@ def test_tokens_and_embeddings_do_not_decay() -> None:
     }
     assert "rein.scale" in {names[id(p)] for p in spared}
     assert {"head.class_predictor.weight", "rein.mlp_token.weight"} <= {names[id(p)] for p in decayed}
-    own = build(rein=False)
+    own = build("crossearth_tiny", **FROZEN)
     assert {"head.query_position", "head.query_features"} <= own.no_weight_decay()
 
 
@@ -107,7 +108,7 @@ def test_queries_are_the_tokens() -> None:
     for given, own in zip(seen[0], model.rein.queries(), strict=True):
         torch.testing.assert_close(given, own)
     assert model.head.query_position is None
-    assert build(rein=False).head.query_position.shape == (20, 64)
+    assert build("crossearth_tiny", **FROZEN).head.query_position.shape == (20, 64)
 
 
 @torch.no_grad()
@@ -129,7 +130,7 @@ def test_logits_are_the_logarithms_of_the_scores() -> None:
 
 def test_without_rein_no_gradient_runs_through_the_encoder() -> None:
     """And nothing of it is kept for a backward pass."""
-    model = build(rein=False)
+    model = build("crossearth_tiny", **FROZEN)
     data = batch_for()
     alone: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: alone.append(t.numel()) or t, lambda t: t):
@@ -212,3 +213,8 @@ def test_what_is_wrong_is_said_in_one_line(options: dict, expected: str) -> None
     with pytest.raises(ValueError, match=expected) as error:
         build(**options)
     assert "\n" not in str(error.value)
+
+
+def test_rein_without_rein_is_no_model_of_that_name() -> None:
+    with pytest.raises(ValueError, match="rein_tiny has no option 'rein'"):
+        build(rein=False)

@@ -132,7 +132,8 @@ def test_statistics_of_another_style_are_refused() -> None:
     style = ColorStyle()
     example().check(style)
     with pytest.raises(
-        ValueError, match=r"are of style 'ghiasi' \(S = 9\), the style here is 'color' \(S = 9\)"
+        ValueError,
+        match=r"'ghiasi' \(S = 9\), the style here is 'color' \(S = 9\).*style-stats --style color`",
     ):
         example(style="ghiasi").check(style)
     with pytest.raises(ValueError, match=r"\(S = 4\), the style here"):
