@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rsmodels.encoders.dinov2_weights import load_dinov2
 from rsmodels.encoders.features import FeatureBackbone
-from rsmodels.layers import FeedForward, LayerNorm, Linear, SelfAttention, image_size_pair
+from rsmodels.layers import FeedForward, LayerNorm, Linear, PatchEmbed, SelfAttention, image_size_pair
 from rsmodels.registry import register_encoder
 from rsmodels.weights import LoadReport
 
@@ -61,7 +61,7 @@ class DinoViT(nn.Module):
         self.embed_dim = embed_dim
         self.antialias = registers > 0 if antialias is None else antialias
 
-        self.patch_embed = PatchEmbed(embed_dim, patch_size)
+        self.patch_embed = PatchEmbed(3, embed_dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid_size[0] * self.grid_size[1], embed_dim))
@@ -91,7 +91,7 @@ class DinoViT(nn.Module):
                 f"{self.image_size[1]}); resize or tile the images, or create the model with their "
                 "image_size="
             )
-        patches = self.patch_embed(images)
+        patches = self.patch_embed(images).flatten(1, 2)
         cls_token = self.cls_token.expand(images.shape[0], -1, -1)
         x = torch.cat([cls_token, patches], dim=1) + self.pos_embed
         if self.register_tokens is None:
@@ -173,17 +173,6 @@ def _followed(
     block: nn.Module, after_block: Callable[[Tensor, int], Tensor], index: int
 ) -> Callable[[Tensor], Tensor]:
     return lambda x: after_block(block(x), index)
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches, embedded: (B, 3, H, W) → (B, h·w, D)."""
-
-    def __init__(self, embed_dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class Block(nn.Module):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import rskernels
-from rsmodels.encoders.dinov2 import PatchEmbed
 from rsmodels.encoders.features import FeatureBackbone
 from rsmodels.encoders.rvsa_weights import (
     load_rvsa,
@@ -27,7 +26,7 @@ from rsmodels.encoders.rvsa_weights import (
     resize_relative_table,
     saved_grid,
 )
-from rsmodels.layers import FeedForward, LayerNorm, Linear, image_size_pair
+from rsmodels.layers import FeedForward, LayerNorm, Linear, PatchEmbed, image_size_pair
 from rsmodels.registry import register_encoder
 from rsmodels.weights import LoadReport
 
@@ -67,7 +66,7 @@ class RVSAViT(nn.Module):
         self.embed_dim = embed_dim
         self.global_blocks = tuple(global_blocks)
 
-        self.patch_embed = PatchEmbed(embed_dim, PATCH_SIZE)
+        self.patch_embed = PatchEmbed(3, embed_dim, PATCH_SIZE)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid_size[0] * self.grid_size[1], embed_dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.blocks = nn.ModuleList(
@@ -97,8 +96,7 @@ class RVSAViT(nn.Module):
                 f"{self.image_size[1]}); resize or tile the images, or create the model with their "
                 "image_size="
             )
-        # A convolution leaves the channels in front: every norm behind it would copy the tokens.
-        return self.patch_embed(images).contiguous() + self.pos_embed
+        return self.patch_embed(images).flatten(1, 2) + self.pos_embed
 
     def run_block(
         self,

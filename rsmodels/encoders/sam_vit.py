@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import rskernels
 from rskernels.library import autocast_dtype
 from rsmodels.encoders.features import FeatureBackbone
-from rsmodels.layers import MLP, LayerNorm, Linear, LoRAQKV, image_size_pair, make_neck
+from rsmodels.layers import MLP, LayerNorm, Linear, LoRAQKV, PatchEmbed, image_size_pair, make_neck
 from rsmodels.registry import register_encoder
 from rsmodels.weights import LoadReport, load_sam_encoder
 
@@ -172,21 +172,6 @@ class SamViT(nn.Module):
     def load_pretrained(self, source: str) -> LoadReport:
         """Load the image encoder of a SAM checkpoint (a file or a hub id); see rsmodels.weights."""
         return load_sam_encoder(self, source)
-
-
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches, embedded: (B, C, H, W) → (B, h, w, D)."""
-
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        # As one product over the patches: a convolution would leave the channels in front, and every norm
-        # and residual addition behind it would pay for strided memory.
-        side = self.proj.kernel_size[0]
-        patches_bhwcyx = images.unflatten(3, (-1, side)).unflatten(2, (-1, side)).permute(0, 2, 4, 1, 3, 5)
-        return rskernels.linear(patches_bhwcyx.flatten(3), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Block(nn.Module):

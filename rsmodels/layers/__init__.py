@@ -5,6 +5,7 @@ from rsmodels.layers.linear import MLP, Linear
 from rsmodels.layers.lora import LoRAQKV
 from rsmodels.layers.neck import make_neck
 from rsmodels.layers.norm import LayerNorm, LayerNorm2d
+from rsmodels.layers.patches import PatchEmbed
 from rsmodels.layers.resize import conv_of_resized, resize
 from rsmodels.layers.sizes import image_size_pair
 from rsmodels.layers.transformer import FeedForward, SelfAttention
@@ -17,6 +18,7 @@ __all__ = [
     "LayerNorm2d",
     "Linear",
     "LoRAQKV",
+    "PatchEmbed",
     "SelfAttention",
     "conv_of_resized",
     "image_size_pair",
