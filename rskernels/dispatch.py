@@ -10,6 +10,7 @@ comes from another backend, it is not wrong). A backward pass uses the backend i
 """
 
 import importlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,13 +22,16 @@ from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda", "xformers", "sdpa")
 
-_CPP: dict[str, dict[torch.dtype, tuple[str, ...]]] = {
-    "cpu": {torch.float32: ("cpp",), torch.bfloat16: ("cpp",)}
+_Rows = dict[str, dict[torch.dtype, tuple[str, ...]]]
+_CPP: _Rows = {"cpu": {torch.float32: ("cpp",), torch.bfloat16: ("cpp",)}}
+_CPP_TRITON: _Rows = {
+    **_CPP,
+    "cuda": {dtype: ("triton",) for dtype in (torch.float32, torch.float16, torch.bfloat16)},
 }
 
 # operator -> device -> dtype -> accelerated backends, best first. Whatever is not listed (float64, fp16
 # on the CPU, mixed dtypes, other devices) is served by the reference.
-TABLE: dict[str, dict[str, dict[torch.dtype, tuple[str, ...]]]] = {
+TABLE: dict[str, _Rows] = {
     "rel_pos_attention": _CPP,
     "linear": _CPP,
     "layer_norm": _CPP,
@@ -38,6 +42,10 @@ TABLE: dict[str, dict[str, dict[torch.dtype, tuple[str, ...]]]] = {
     "dilated_aspp": _CPP,
     "deformable_attention": _CPP,
 }
+
+# backend -> operators that it serves when asked for by name, and that "auto" leaves alone. Triton's: no GPU has
+# passed `make gpu-check` with them yet.
+ON_REQUEST: dict[str, frozenset[str]] = {"triton": frozenset(TABLE)}
 
 
 def _load_extension() -> str:
@@ -58,13 +66,28 @@ def _load_extension() -> str:
     return ""
 
 
+def _triton_problem() -> str:
+    """'' when Triton kernels can be launched for CUDA tensors here, else the reason why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (PyTorch's CUDA wheels for Linux bring it)"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < (8, 0):
+        return f"it needs compute capability 8.0 or more, {torch.cuda.get_device_name()} has {major}.{minor}"
+    return ""
+
+
 # backend -> why it serves nothing on this machine; a backend that works is not in here.
 UNAVAILABLE: dict[str, str] = {
-    "triton": "no Triton kernels in this version",
     "cuda": "no CUDA kernels in this version",
     "xformers": "no xformers backend in this version",
     "sdpa": "no SDPA backend in this version",
 }
+
+_no_triton = _triton_problem()
+if _no_triton:
+    UNAVAILABLE["triton"] = _no_triton
 
 _extension_problem = _load_extension()
 if _extension_problem:
@@ -138,7 +161,9 @@ def choose(op: str, *tensors: Tensor | None, without: Mapping[str, str] | None =
     candidates = TABLE[op].get(device, {}).get(dtype, ()) if dtype is not None else ()
     if _requested == "auto":
         for name in candidates:
-            if name not in UNAVAILABLE and (without is None or name not in without):
+            if name in UNAVAILABLE or op in ON_REQUEST.get(name, ()):
+                continue
+            if without is None or name not in without:
                 return name
         return "reference"
     ruled_out = _requested in UNAVAILABLE or (without is not None and _requested in without)

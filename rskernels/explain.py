@@ -84,6 +84,7 @@ def _served_by(op: str, device: str, dtype: torch.dtype) -> str:
     names = dispatch.TABLE[op].get(device, {}).get(dtype, ())
     usable = [name for name in names if name not in dispatch.UNAVAILABLE]
     if backend == "auto":
+        usable = [name for name in usable if op not in dispatch.ON_REQUEST.get(name, ())]
         return usable[0] if usable else "reference"
     return backend if backend in usable else "error"
 

@@ -1,9 +1,11 @@
 """The `rskernels` operator namespace, and what every operator file needs to register itself.
 
 Schemas are defined here, once, in Python: a pure-Python install has every operator. The extension only
-adds CPU kernels to them (TORCH_LIBRARY_IMPL); until it does, the reference given to `define` serves.
+adds CPU kernels to them (TORCH_LIBRARY_IMPL), Triton CUDA kernels; without those the reference given to
+`define` serves.
 """
 
+import importlib
 import math
 import numbers
 from collections.abc import Callable, Collection, Mapping
@@ -12,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rskernels import dispatch
+
 LIBRARY = torch.library.Library("rskernels", "DEF")
 
 
-def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., Any], triton: str = "") -> Any:
     """Register the operator of `schema` and return it.
 
     `reference` computes it in plain PyTorch on any device; it runs with autocast off, so that an operator
     computes in the dtype of its arguments wherever it is called from. `fake` gives shapes and dtypes only.
+    `triton`, "module.function" of rskernels.triton, serves CUDA tensors of the dtypes in TRITON_DTYPES; it is
+    imported when the first one comes.
     """
     name = schema.split("(")[0]
 
@@ -28,9 +34,29 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
             return reference(*args, **kwargs)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def on_cuda(*args: Any, **kwargs: Any) -> Any:
+        if not _takes_triton(args):
+            return without_autocast(*args, **kwargs)
+        module, function = triton.split(".")
+        launcher = getattr(importlib.import_module(f"rskernels.triton.{module}"), function)
+        with torch._C._DisableAutocast():
+            return launcher(*args, **kwargs)
+
     LIBRARY.impl(name, without_autocast, "CompositeExplicitAutograd")
+    if triton and "triton" not in dispatch.UNAVAILABLE:
+        LIBRARY.impl(name, on_cuda, "CUDA")
     torch.library.register_fake(f"rskernels::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.rskernels, name).default
+
+
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _takes_triton(args: tuple[Any, ...]) -> bool:
+    """Is the first tensor, alone or the first of a list, of a dtype that the Triton kernels have?"""
+    first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+    return first.dtype in TRITON_DTYPES
 
 
 def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
