@@ -43,8 +43,8 @@ TABLE: dict[str, _Rows] = {
     "deformable_attention": _CPP,
 }
 
-# backend -> operators that it serves when asked for by name, and that "auto" leaves alone. Triton's: no GPU has
-# passed `make gpu-check` with them yet.
+# backend -> operators that it serves when asked for by name, and that "auto" leaves alone. Triton's: no GPU
+# has passed `make gpu-check` with them yet.
 ON_REQUEST: dict[str, frozenset[str]] = {"triton": frozenset(TABLE)}
 
 

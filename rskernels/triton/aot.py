@@ -2,8 +2,9 @@
 
     python -m rskernels.triton.aot [--chips 80 90 100] [--operators NAME ...] [--output FILE]
 
-Every module of OPERATORS has `examples()`: calls of its launchers with the shapes of the library's models. Their
-launches are noted, with the configurations that each chip ships, and compiled as a first call there would.
+Every module of OPERATORS has `examples()`: calls of its launchers with the shapes of the library's models.
+Their launches are noted, with the configurations that each chip ships, and compiled as a first call there
+would.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel takes on a chip. shared: bytes of a block; registers: of a thread; spills: bytes stored."""
+    """What a kernel takes on a chip: registers a thread, bytes of shared memory a block, bytes spilled."""
 
     operator: str
     example: str

@@ -99,8 +99,8 @@ def _configs(chip: int) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How a product of float32 numbers is done: three TF32 products keep float32's digits; where the user allows
-    TF32 (torch.set_float32_matmul_precision) it is one. Half precision is exact either way."""
+    """How a product of float32 numbers is done: three TF32 products keep float32's digits; where the user
+    allows TF32 (torch.set_float32_matmul_precision) it is one. Half precision is exact either way."""
     if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
         return "tf32x3"
     return "tf32"
