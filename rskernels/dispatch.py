@@ -38,7 +38,7 @@ TABLE: dict[str, _Rows] = {
     "lora_linear": _CPP,
     "lora_qkv": _CPP,
     "cross_attention": _CPP,
-    "distillation_loss": _CPP,
+    "distillation_loss": _CPP_TRITON,
     "dilated_aspp": _CPP,
     "deformable_attention": _CPP,
 }
