@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import triton
@@ -359,4 +360,4 @@ def examples() -> Iterator[tuple[str, Callable[[], None]]]:
         for shape, layouts, options in maps:
             where = " and ".join("channels-last" if last else "contiguous" for last in sorted(set(layouts)))
             name = f"{'x'.join(map(str, shape))} {where} {options[0]} {str(dtype)[6:]}"
-            yield name, lambda a=(shape, layouts, *options, dtype): call(*a)
+            yield name, partial(call, shape, layouts, *options, dtype)
