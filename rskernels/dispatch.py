@@ -40,7 +40,7 @@ TABLE: dict[str, _Rows] = {
     "cross_attention": _CPP,
     "distillation_loss": _CPP_TRITON,
     "dilated_aspp": _CPP,
-    "deformable_attention": _CPP,
+    "deformable_attention": _CPP_TRITON,
 }
 
 # backend -> operators that it serves when asked for by name, and that "auto" leaves alone. Triton's: no GPU
