@@ -38,9 +38,9 @@ TABLE: dict[str, _Rows] = {
     "lora_linear": _CPP,
     "lora_qkv": _CPP,
     "cross_attention": _CPP,
-    "distillation_loss": _CPP,
+    "distillation_loss": _CPP_TRITON,
     "dilated_aspp": _CPP,
-    "deformable_attention": _CPP,
+    "deformable_attention": _CPP_TRITON,
 }
 
 # backend -> operators that it serves when asked for by name, and that "auto" leaves alone. Triton's: no GPU

@@ -2,7 +2,7 @@
 
 Shapes: B batch, h heads, d head dim, L levels, S = sum of the levels' pixels, Q queries, P points per level.
 
-docs/kernels/deformable_attention.md explains the kernel in csrc/cpu/deformable_attention.cpp and has figures.
+docs/kernels/deformable_attention.md explains the kernels (csrc/cpu, rskernels/triton) and has figures.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,8 +35,9 @@ def deformable_attention(
         (B, Q, h·d) in the dtype of value. The arithmetic is in the widest dtype of the arguments and at
         least float32, also under autocast: locations in half precision would miss their pixel.
         A location that is no finite number makes its query's head NaN and nothing else.
-    Dtypes: each argument may have its own; float32 and bfloat16 value is accelerated on the CPU, unless
-        locations or weights are float64. The reference serves everything else.
+    Dtypes: each argument may have its own; float32 and bfloat16 value is accelerated on the CPU, these and
+        float16 by Triton on CUDA (when asked for by name), unless locations or weights are float64. The
+        reference serves everything else.
     Raises:
         ValueError: shapes that do not fit. TypeError: not a floating-point tensor; spatial_shapes a tensor.
     """
@@ -223,12 +224,14 @@ _attention_forward = define(
     " Tensor attention_weights) -> Tensor",
     reference=_forward_composite,
     fake=_forward_fake,
+    triton="deformable_attention.forward",
 )
 _attention_backward = define(
     "deformable_attention_backward(Tensor grad, Tensor value, SymInt[] sides, Tensor sampling_locations,"
     " Tensor attention_weights, bool[3] mask) -> (Tensor, Tensor, Tensor)",
     reference=_backward_composite,
     fake=_backward_fake,
+    triton="deformable_attention.backward",
 )
 
 

@@ -3,7 +3,7 @@
 
 Shapes: B batch, C channels, h/w map, M distributions (B·h·w, or B·C·h along the width).
 
-docs/kernels/distillation_loss.md explains the CPU kernel (csrc/cpu/distillation_loss.cpp) and has figures.
+docs/kernels/distillation_loss.md explains the kernels (csrc/cpu, rskernels/triton) and has figures.
 """
 
 from typing import Any
@@ -47,7 +47,8 @@ def distillation_loss(
     Returns:
         Two scalars. Computed in float32 (float64 if an argument is), whatever autocast says. The gradient
         has the student's dtype and layout.
-    Dtypes: float32 and bfloat16, also one of each, are accelerated on the CPU; the reference serves all else.
+    Dtypes: float32 and bfloat16, also one of each, are accelerated on the CPU; by Triton on CUDA, when asked
+        for by name, these and float16 for both. The reference serves all else.
     Raises:
         ValueError: shapes that differ, an unknown option, temperature <= 0. TypeError: not a
             floating-point tensor; temperature not a number.
@@ -195,12 +196,14 @@ _loss_forward = define(
     f"distillation_loss_forward(Tensor student, Tensor teacher, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     reference=_forward_composite,
     fake=_forward_fake,
+    triton="distillation_loss.forward",
 )
 _loss_backward = define(
     "distillation_loss_backward(Tensor? grad_kl, Tensor? grad_mse, Tensor student, Tensor teacher, "
     f"Tensor stats, {_OPTIONS}) -> Tensor",
     reference=_backward_composite,
     fake=_backward_fake,
+    triton="distillation_loss.backward",
 )
 
 

@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 from rskernels.triton.launch import CHIPS, Launch, noting
 
-OPERATORS: tuple[str, ...] = ()
+OPERATORS: tuple[str, ...] = ("distillation_loss", "deformable_attention")
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have; the compiler does not check
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 DTYPES = {
@@ -85,28 +85,34 @@ def compile_operator(operator: str, chip: int) -> Iterator[Compiled]:
             )
 
 
-def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any], dict[str, Any]]:
+def _specialise(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any], dict[str, Any]]:
     """Signature, constants and attributes as Triton's own first call would have them."""
     names = launch.kernel.arg_names
     options = {name: value for name, value in launch.constants.items() if name in OPTIONS}
-    constants: dict[str, Any] = {n: v for n, v in launch.constants.items() if n not in OPTIONS}
-    signature = dict.fromkeys(constants, "constexpr")
+    constants: dict[Any, Any] = {n: v for n, v in launch.constants.items() if n not in OPTIONS}
+    signature: dict[str, Any] = dict.fromkeys(constants, "constexpr")
     attributes: dict[Any, Any] = {}
-    for name, value in zip(names, launch.arguments, strict=False):
+
+    def specialise(path: tuple[int, ...], value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(specialise((*path, i), item) for i, item in enumerate(value))
         if value is None or (type(value) is int and value == 1):
-            constants[name], signature[name] = value, "constexpr"
-        elif isinstance(value, Tensor):
-            signature[name] = f"*{DTYPES[value.dtype]}"
-            if value.data_ptr() % 16 == 0:
-                attributes[(names.index(name),)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif type(value) is int:
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(names.index(name),)] = [["tt.divisibility", 16]]
-        else:
-            raise TypeError(f"{launch.kernel.fn.__name__}: argument {name} is {type(value).__name__}")
+            constants[names[path[0]] if len(path) == 1 else path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if not isinstance(value, Tensor) and type(value) is not int:
+            raise TypeError(
+                f"{launch.kernel.fn.__name__}: argument {names[path[0]]} is {type(value).__name__}"
+            )
+        if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return f"*{DTYPES[value.dtype]}"
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for index, value in enumerate(launch.arguments):
+        signature[names[index]] = specialise((index,), value)
     missing = set(names) - set(signature)
     if missing:
         raise TypeError(f"{launch.kernel.fn.__name__}: launched without {', '.join(sorted(missing))}")
