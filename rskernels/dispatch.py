@@ -37,7 +37,7 @@ TABLE: dict[str, _Rows] = {
     "layer_norm": _CPP,
     "lora_linear": _CPP,
     "lora_qkv": _CPP,
-    "cross_attention": _CPP,
+    "cross_attention": _CPP_TRITON,
     "distillation_loss": _CPP_TRITON,
     "dilated_aspp": _CPP,
     "deformable_attention": _CPP_TRITON,

@@ -47,7 +47,8 @@ def cross_attention(
         (B, h, Q, d) in the dtype of q; under autocast in autocast's dtype (float64 stays). An accelerated
         backend stores it as (B, Q, h, d): `out.transpose(1, 2).flatten(2)` copies nothing.
     Dtypes: q decides, under autocast autocast's dtype; k and v are cast to it. Logits and sums are fp32.
-        float32 and bfloat16 are accelerated on the CPU, all else is served by the reference.
+        float32 and bfloat16 are accelerated on the CPU, with float16 on CUDA devices where backend("triton")
+        asks for it; all else is served by the reference.
     Memory: O(Q + M), forward and backward, on an accelerated backend; a mask is also kept as bits.
     Raises:
         ValueError: shapes that do not fit, no keys. TypeError: mask not bool; q, k or v no floating-point
@@ -213,12 +214,14 @@ _attention_forward = define(
     f"cross_attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
     reference=_forward_composite,
     fake=_forward_fake,
+    triton="cross_attention.forward",
 )
 _attention_backward = define(
     "cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_OPTIONS}, bool[3] wanted) -> (Tensor, Tensor, Tensor)",
     reference=_backward_composite,
     fake=_backward_fake,
+    triton="cross_attention.backward",
 )
 
 

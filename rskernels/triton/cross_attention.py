@@ -1,0 +1,256 @@
+"""cross_attention in Triton: forward, and what the ahead-of-time compiler and the tuner have to know.
+
+    out_i = sum_j softmax_j(scale q_i·k_j + log mask_ij) v_j
+
+A flash loop over tiles of keys with the softmax online. Few queries on many keys: parts of the keys are
+programs of their own, and a second kernel puts their results together. Few keys are one tile. Wide heads are
+cross_attention_wide. Shapes as in cross_attention_parts.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rskernels.triton.cross_attention_backward import backward
+from rskernels.triton.cross_attention_parts import (
+    LN_2,
+    LOG2_E,
+    attends,
+    cut,
+    everywhere,
+    load_tile,
+    locate,
+    pack,
+    readable,
+    store_tile,
+    strides,
+)
+from rskernels.triton.cross_attention_wide import WIDE, forward_wide
+from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, launch, power_of_2
+
+__all__ = ["backward", "candidates", "examples", "forward"]
+
+
+@triton.jit
+def _forward(
+    q, k, v, bits, anywhere, out, lse, total, batch, heads, queries, keys, parts, part, groups, chunks, scale,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, EVEN: tl.constexpr, FIRST: tl.constexpr, PARTIAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries on one part of the keys. PARTIAL: out gets sums that are not divided yet, lse their
+    maxima (of log2 e · logits) and total their denominators, for _combine."""
+    tile, index, b, h = locate(tl.cdiv(queries, BLOCK_M), parts, heads)
+    start = tile * BLOCK_M
+    query = start + tl.arange(0, BLOCK_M)
+    k += b * k_b + tl.cast(h, tl.int64) * k_h
+    v += b * v_b + tl.cast(h, tl.int64) * v_h
+    q_tile = load_tile(
+        q + b * q_b + tl.cast(h, tl.int64) * q_h, start, queries, q_n, 0, HEAD_DIM, BLOCK_M, BLOCK_D
+    )
+    if MASKED:
+        open_rows = everywhere(anywhere, b, start, groups, chunks, BLOCK_M)[:, None]
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    weight = tl.zeros((BLOCK_M,), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for n in range(index * part, tl.minimum(index * part + part, keys), BLOCK_N):
+        key = n + tl.arange(0, BLOCK_N)[None, :]
+        k_tile = load_tile(k, n, keys, k_n, 0, HEAD_DIM, BLOCK_N, BLOCK_D)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale
+        if MASKED:
+            seen = attends(bits, b, start, query[:, None], key, keys, groups, open_rows, BLOCK_M)
+            s = tl.where(seen, s, float("-inf"))
+        if not EVEN:
+            s = tl.where(key < keys, s, float("-inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        # -inf - -inf is NaN: a row that has met none of its keys yet.
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        p = tl.exp2(s - safe[:, None])
+        shrink = tl.exp2(top - safe)
+        weight = weight * shrink + tl.sum(p, 1)
+        v_tile = load_tile(v, n, keys, v_n, 0, HEAD_DIM, BLOCK_N, BLOCK_D, FIRST)
+        sums = tl.dot(p.to(v_tile.dtype), v_tile, sums * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+    slot = index * batch + b
+    at = (slot * heads + h) * queries + query
+    if PARTIAL:
+        tl.store(total + at, weight, query < queries)
+        tl.store(lse + at, top, query < queries)
+    else:
+        sums /= weight[:, None]
+        tl.store(lse + at, (top + tl.log2(weight)) * LN_2, query < queries)
+    store_tile(out, sums, slot, start, queries, h, heads, 0, HEAD_DIM, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def _combine(
+    sums, tops, weights, out, lse, batch, heads, queries, parts,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """One query of one head: the sums of all parts, weighed by their maxima, in order."""
+    row = tl.cast(tl.program_id(0), tl.int64)  # of (B, h, Q)
+    rows = tl.cast(batch, tl.int64) * heads * queries
+    b, h, query = row // (heads * queries), row // queries % heads, row % queries
+    at = ((b * queries + query) * heads + h) * HEAD_DIM
+    c = tl.arange(0, BLOCK_D)
+    top = tl.full((PARTS,), float("-inf"), tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        top = tl.maximum(top, tl.load(tops + part * rows + row, part < parts, other=float("-inf")))
+    highest = tl.max(top, 0)
+    weight = tl.zeros((PARTS,), tl.float32)
+    acc = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        share = tl.exp2(tl.load(tops + part * rows + row, part < parts, other=float("-inf")) - highest)
+        weight += share * tl.load(weights + part * rows + row, part < parts, other=0.0)
+        inside = (part < parts)[:, None] & (c < HEAD_DIM)[None, :]
+        values = tl.load(sums + (part * rows * HEAD_DIM)[:, None] + at + c[None, :], inside, other=0.0)
+        acc += tl.sum(share[:, None] * values, 0)
+    divisor = tl.sum(weight, 0)
+    tl.store(out + at + c, (acc / divisor).to(out.dtype.element_ty), c < HEAD_DIM)
+    tl.store(lse + row, (highest + tl.log2(divisor)) * LN_2)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, drop_first_key_value: bool
+) -> tuple[Tensor, Tensor]:
+    """The output (B, h, Q, d), in memory (B, Q, h, d), and the logits' log-sum-exp (B, h, Q) in float32."""
+    q, k, v = readable(q), readable(k), readable(v)
+    batch, heads, queries, dim = q.shape
+    keys = k.shape[2]
+    out = q.new_empty(batch, queries, heads, dim)
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    bits, anywhere, groups, chunks = pack(mask)
+    options = {
+        "HEAD_DIM": dim, "MASKED": mask is not None, "FIRST": int(drop_first_key_value),
+        "PRECISION": dot_precision(q.dtype),
+    }  # fmt: skip
+    steps = (*strides(q), *strides(k), *strides(v))
+    if dim > WIDE[dtype_class(q.dtype)]:
+        forward_wide(q, k, v, out, lse, bits, anywhere, groups, chunks, scale, options)
+        return out.transpose(1, 2), lse
+    wide = power_of_2(dim)
+    few = "/q16" if queries <= 16 else ""
+    tuned = config("cross_attention.forward", f"{dtype_class(q.dtype)}/d{wide}{few}", q.device)
+    tuned["BLOCK_M"] = min(tuned["BLOCK_M"], power_of_2(queries))
+    tuned["BLOCK_N"] = min(tuned["BLOCK_N"], power_of_2(keys))
+    programs = cdiv(queries, tuned["BLOCK_M"]) * batch * heads
+    parts, part = cut(keys, queries, programs)
+    results: tuple[Tensor, Tensor, Tensor | None] = (out, lse, None)
+    if parts > 1:
+        results = (
+            q.new_empty(parts, batch, queries, heads, dim, dtype=torch.float32),
+            lse.new_empty(parts, *lse.shape), lse.new_empty(parts, *lse.shape),
+        )  # fmt: skip
+    launch(
+        _forward, (programs * parts,),
+        q, k, v, bits, anywhere, *results, batch, heads, queries, keys, parts, part, groups, chunks,
+        scale * LOG2_E, *steps,
+        BLOCK_D=wide, EVEN=keys % tuned["BLOCK_N"] == 0, PARTIAL=parts > 1, **options, **tuned,
+    )  # fmt: skip
+    if parts > 1:
+        sums, tops, weights = results
+        launch(
+            _combine, (lse.numel(),), sums, tops, weights, out, lse, batch, heads, queries, parts,
+            HEAD_DIM=dim, BLOCK_D=wide, PARTS=8, num_warps=1,
+        )  # fmt: skip
+    return out.transpose(1, 2), lse
+
+
+def examples() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls of `forward` and `backward`, for every row of the configurations."""
+    shapes = {
+        "SAM, tokens on image": (1, 8, 7, 4096, 16),
+        "SAM, image on tokens": (1, 8, 4096, 7, 16),
+        "SAM, tokens on tokens": (1, 8, 9, 9, 32),
+        "Mask2Former": (2, 8, 100, 4096, 32),
+        "Rein, ViT-L": (2, 1, 1024, 100, 1024),
+        "injector, 768": (1, 8, 1024, 1024, 96),
+        "512 on 2048, d 512": (1, 2, 512, 2048, 512),
+        **{f"1024 on 1024, d {d}": (1, 8, 1024, 1024, d) for d in (16, 32, 64, 128, 256)},
+        **{f"7 on 4096, d {d}": (1, 8, 7, 4096, d) for d in (32, 64, 128, 256)},
+        "100 on 4096, d 16": (2, 8, 100, 4096, 16),
+        "100 on 4096, d 64": (2, 8, 100, 4096, 64),
+        "64 on 4096, d 32": (2, 8, 64, 4096, 32),
+        "32 on 4096, d 64": (2, 8, 32, 4096, 64),
+        "64 on 4096, d 128": (2, 8, 64, 4096, 128),
+        "32 on 4096, d 256": (2, 8, 32, 4096, 256),
+        "4096 on 64, d 64": (1, 8, 4096, 64, 64),
+        "4096 on 32, d 64": (1, 8, 4096, 32, 64),
+        "4096 on 32, d 128": (1, 8, 4096, 32, 128),
+        "4096 on 16, d 128": (1, 8, 4096, 16, 128),
+        "4096 on 16, d 256": (1, 8, 4096, 16, 256),
+    }
+
+    def one(shape: tuple[int, ...], dtype: torch.dtype, masked: bool, rein: bool, step: bool) -> None:
+        batch, heads, queries, keys, dim = shape
+
+        def tokens(of: int, count: int) -> Tensor:
+            return torch.empty(of, count, heads, dim, dtype=dtype).transpose(1, 2)
+
+        q = tokens(batch, queries)
+        k, v = (tokens(1 if rein else batch, keys) for _ in range(2))
+        mask = torch.empty(batch, queries, keys, dtype=torch.bool) if masked else None
+        options = (mask, dim**-0.5, rein)
+        if step:
+            lse = torch.empty(batch, heads, queries)
+            backward(q, q, k, v, q, lse, *options, [True] * 3)
+        else:
+            forward(q, k, v, *options)
+
+    for (name, shape), dtype, step in product(shapes.items(), (torch.float32, torch.bfloat16), (False, True)):
+        masked, rein = shape[2] in (32, 64, 100) or shape[4] == 512, name.startswith("Rein")
+        title = f"{name}, {'fp32' if dtype == torch.float32 else 'bf16'}{', backward' if step else ''}"
+        yield title, partial(one, shape, dtype, masked, rein, step)
+
+
+def candidates(kernel: str, shape_class: str) -> list[dict[str, int]]:
+    """What the tuner tries for "cross_attention.NAME"; what does not fit a chip fails there.
+
+    A side that one tile has whole is not in a configuration: the shape decides it.
+    """
+    name, half = kernel.split(".")[1], shape_class.startswith("half")
+    sides: tuple[tuple[int, ...], ...]
+    if name == "product":
+        sides = (
+            ((64, 64, 128), (64, 64, 64), (128, 64, 64))
+            if half
+            else ((64, 32, 64), (32, 32, 64), (64, 32, 32))
+        )
+        names: tuple[str, ...] = ("BLOCK_M", "BLOCK_K", "BLOCK_D")
+    elif name.endswith("_wide"):
+        sides = (
+            ((16, 64, 64), (32, 64, 64), (64, 128, 64))
+            if half
+            else ((16, 64, 32), (32, 64, 16), (32, 128, 32))
+        )
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_D")
+    else:
+        names = ("BLOCK_M", "BLOCK_N")
+        _, channels, *tile = shape_class.split("/")
+        narrow = channels in ("d16", "d32", "d64")
+        if tile == ["few"] and name == "by_keys":
+            names, sides = ("BLOCK_M",), ((32,), (64,), (128,)) if half else ((16,), (32,), (64,))
+        elif tile and name == "by_queries":
+            names, sides = ("BLOCK_N",), ((32,), (64,), (128,)) if half else ((16,), (32,), (64,))
+        elif tile:
+            sides = ((16, 32), (16, 64), (16, 128)) if half else ((16, 16), (16, 32), (16, 64))
+        elif half:
+            sides = ((64, 64), (128, 64), (128, 128)) if narrow else ((64, 32), (64, 64), (128, 64))
+        else:
+            sides = ((32, 32), (64, 32), (32, 64)) if narrow else ((16, 16), (16, 32), (32, 32))
+    few = shape_class.endswith(("/q16", "/few"))
+    return [
+        dict(zip((*names, "num_warps", "num_stages"), (*side, warps, stages), strict=True))
+        for side in sides
+        for warps in ((2, 4) if few else (4, 8))
+        for stages in ((2, 3) if half else (1, 2))
+    ]

@@ -1,0 +1,240 @@
+"""What forward and backward of cross_attention share: tiles, masks as bits, where long sums are cut.
+
+Shapes: B batch, h heads, Q queries, M keys, d head dim. Tensors are read as (B, h, N, d) with any strides but
+that of d; what is written lies as (B, N, h, d), sums of parts as (parts, B, N, h, d) in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rskernels.triton.launch import cdiv, launch, power_of_2
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+PROGRAMS = 256  # cuts are made until there are as many: two for each multiprocessor of the largest chip
+CUT = 128  # keys or queries that a cut is a multiple of; so tiles are at most that long
+WORD = 32  # queries whose mask bits make one number
+CHUNK, COLUMNS = 512, 128  # keys of one program that packs a mask, and of one step of it
+
+
+def cut(length: int, other: int, programs: int) -> tuple[int, int]:
+    """Into how many parts a sum over `length` is cut, and their length, where `programs` sum without a cut.
+
+    A part is at least twice as long as there are `other` rows: its partial sums are float32 and are written
+    and read, which then costs less than reading the part. Only the shape decides.
+    """
+    wanted = cdiv(PROGRAMS, max(programs, 1))
+    part = CUT * cdiv(max(cdiv(length, wanted), 2 * other, 1), CUT)
+    return max(cdiv(length, part), 1), part
+
+
+def readable(x: Tensor) -> Tensor:
+    """x itself where d is contiguous."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def strides(x_bhnd: Tensor) -> tuple[int, int, int]:
+    """Of batch, head and token; a batch of one serves every entry."""
+    batch, head, token, _ = x_bhnd.stride()
+    return (0 if x_bhnd.shape[0] == 1 else batch), head, token
+
+
+@triton.jit
+def locate(tiles, parts, heads):
+    """Which tile, part, batch entry (int64) and head the program has; tiles vary fastest."""
+    program = tl.program_id(0)
+    entry = program // (tiles * parts)
+    return program % tiles, program // tiles % parts, tl.cast(entry // heads, tl.int64), entry % heads
+
+
+@triton.jit
+def load_tile(
+    base, start, count, stride, first_channel, HEAD_DIM: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    FIRST: tl.constexpr = 0,
+):  # fmt: skip
+    """Rows start..start+N of the (count, HEAD_DIM) matrix at `base`, D channels from first_channel on, zero
+    outside and in the rows before FIRST."""
+    n, c = tl.arange(0, N)[:, None], first_channel + tl.arange(0, D)[None, :]
+    inside = start + n < count
+    if FIRST > 0:
+        inside &= start + n >= FIRST
+    if HEAD_DIM % D != 0:
+        inside &= c < HEAD_DIM
+    return tl.load(base + tl.cast(start, tl.int64) * stride + n * stride + c, inside, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    base, value, slot, start, count, head, heads, first_channel,
+    HEAD_DIM: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """`value` into rows start..start+N of a head of entry `slot` of (slots, count, heads, HEAD_DIM)."""
+    n, c = tl.arange(0, N)[:, None], first_channel + tl.arange(0, D)[None, :]
+    base += ((slot * count + start) * heads + head) * HEAD_DIM
+    tl.store(
+        base + n * (heads * HEAD_DIM) + c,
+        value.to(base.dtype.element_ty),
+        (start + n < count) & (c < HEAD_DIM),
+    )
+
+
+# ---------------------------------------------------------------- masks
+
+
+@triton.jit
+def _pack_mask(
+    mask, bits, anywhere, queries, keys, groups, chunks, stride_b, stride_q, stride_k,
+    CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    chunk, row = program % chunks, tl.cast(program // chunks, tl.int64)  # row: of (B, groups)
+    group = row % groups
+    bit = tl.arange(0, 32)
+    query = group * 32 + bit
+    mask += (row // groups) * stride_b
+    found = tl.zeros((32,), tl.int32)
+    for start in range(0, CHUNK, COLUMNS):
+        key = chunk * CHUNK + start + tl.arange(0, COLUMNS)
+        inside = (query < queries)[:, None] & (key < keys)[None, :]
+        at = query[:, None] * stride_q + tl.cast(key, tl.int64)[None, :] * stride_k
+        attends = tl.load(mask + at, inside, other=0).to(tl.int32)
+        tl.store(bits + row * keys + key, tl.sum(attends << bit[:, None], 0), key < keys)
+        found = tl.maximum(found, tl.max(attends, 1))
+    tl.store(anywhere + program, tl.sum(found << bit, 0))
+
+
+def pack(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, int, int]:
+    """mask (B, Q, M) → one bit per query and key, which is what every head reads; read once.
+
+    Returns:
+        bits: (B, groups, M) int32, bit i of group g is query 32 g + i.
+        anywhere: (B, groups, chunks) int32, likewise: does it attend to any key of the chunk?
+        groups, chunks.
+    """
+    if mask is None:
+        return None, None, 0, 0
+    batch, queries, keys = mask.shape
+    groups, chunks = cdiv(queries, WORD), cdiv(keys, CHUNK)
+    bits = mask.new_empty(batch, groups, keys, dtype=torch.int32)
+    anywhere = mask.new_empty(batch, groups, chunks, dtype=torch.int32)
+    launch(
+        _pack_mask, (batch * groups * chunks,),
+        mask, bits, anywhere, queries, keys, groups, chunks, *mask.stride(),
+        CHUNK=CHUNK, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return bits, anywhere, groups, chunks
+
+
+@triton.jit
+def everywhere(anywhere, b, start, groups, chunks, N: tl.constexpr):
+    """Of queries start..start+N: those that attend nowhere, hence everywhere, have their bit set."""
+    query = start + tl.arange(0, N)
+    group, bit = query // 32, query % 32
+    found = tl.zeros((N, 32), tl.int32)
+    for first in range(0, chunks, 32):
+        chunk = first + tl.arange(0, 32)
+        inside = (group < groups)[:, None] & (chunk < chunks)[None, :]
+        words = tl.load(anywhere + (b * groups + group[:, None]) * chunks + chunk[None, :], inside, other=0)
+        found |= words >> bit[:, None]
+    return tl.where(tl.max(found & 1, 1) == 0, 1 << bit, 0)
+
+
+@triton.jit
+def attends(bits, b, start, query, key, keys, groups, everywhere, N: tl.constexpr):
+    """query: start..start+N, and key, with the result's two dimensions; `everywhere` shaped as query."""
+    group = start // 32
+    row = bits + (b * groups + group) * keys
+    words = tl.load(row + key, key < keys, other=0)
+    for more in tl.static_range(1, N // 32):
+        next_words = tl.load(
+            row + tl.cast(keys, tl.int64) * more + key, (key < keys) & (group + more < groups), other=0
+        )
+        words = tl.where(query // 32 == group + more, next_words, words)
+    return ((words & (1 << (query % 32))) | everywhere) != 0
+
+
+# ---------------------------------------------------------------- backward's sums
+
+
+@triton.jit
+def _delta(
+    grad, out, delta, heads, queries, g_b, g_h, g_n, o_b, o_h, o_n,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    tile, _, b, h = locate(tl.cdiv(queries, BLOCK_M), 1, heads)
+    start = tile * BLOCK_M
+    query = start + tl.arange(0, BLOCK_M)
+    grad += b * g_b + tl.cast(h, tl.int64) * g_h
+    out += b * o_b + tl.cast(h, tl.int64) * o_h
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for c in range(0, HEAD_DIM, BLOCK_D):
+        do_tile = load_tile(grad, start, queries, g_n, c, HEAD_DIM, BLOCK_M, BLOCK_D)
+        out_tile = load_tile(out, start, queries, o_n, c, HEAD_DIM, BLOCK_M, BLOCK_D)
+        total += tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    tl.store(delta + (b * heads + h) * queries + query, total, query < queries)
+
+
+def delta_of(grad: Tensor, out: Tensor) -> Tensor:
+    """do · out of every query, (B, h, Q) float32."""
+    batch, heads, queries, dim = grad.shape
+    delta = grad.new_empty(batch, heads, queries, dtype=torch.float32)
+    launch(
+        _delta, (cdiv(queries, 32) * batch * heads,),
+        grad, out, delta, heads, queries, *strides(grad), *strides(out),
+        HEAD_DIM=dim, BLOCK_M=32, BLOCK_D=min(64, power_of_2(dim)), num_warps=4,
+    )  # fmt: skip
+    return delta
+
+
+@triton.jit
+def _sum_parts(parts_ptr, out, parts, numbers, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        inside = (part < parts)[:, None] & (at < numbers)[None, :]
+        values = tl.load(
+            parts_ptr + tl.cast(part, tl.int64)[:, None] * numbers + at[None, :], inside, other=0.0
+        )
+        total += tl.sum(values, 0)
+    tl.store(out + at, total.to(out.dtype.element_ty), at < numbers)
+
+
+class Gradient:
+    """The gradient of a (B or 1, h, N, d) tensor, written by a kernel as `parts` sums for every batch entry.
+
+    `buffer` is what the kernel writes: the gradient itself, or float32 sums that `done` adds up, in order.
+    float32: sums even if there is but one.
+    """
+
+    def __init__(
+        self, of: Tensor, wanted: bool, batch: int, parts: int = 1, *, float32: bool = False
+    ) -> None:
+        self.of, self.wanted = of, wanted
+        if not wanted:
+            self.gradient = of.new_empty(0, 0, 0, 0)
+            self.buffer: Tensor | None = None
+            return
+        shared, heads, tokens, dim = of.shape
+        self.gradient = of.new_empty(shared, tokens, heads, dim)
+        self.whole = parts == 1 and shared == batch and not float32
+        self.buffer = (
+            self.gradient
+            if self.whole
+            else of.new_empty(parts, batch, tokens, heads, dim, dtype=torch.float32)
+        )
+
+    def done(self) -> Tensor:
+        """The gradient in the dtype of the tensor, (B or 1, h, N, d)."""
+        if self.buffer is None:
+            return self.gradient
+        numbers = self.gradient.numel()
+        if not self.whole and numbers:
+            parts = self.buffer.numel() // numbers
+            launch(
+                _sum_parts, (cdiv(numbers, 128),), self.buffer, self.gradient, parts, numbers,
+                PARTS=16, BLOCK=128, num_warps=4,
+            )  # fmt: skip
+        return self.gradient.transpose(1, 2)
