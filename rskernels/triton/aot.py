@@ -28,7 +28,7 @@ from triton.compiler import ASTSource
 
 from rskernels.triton.launch import CHIPS, Launch, noting
 
-OPERATORS: tuple[str, ...] = ()
+OPERATORS: tuple[str, ...] = ("rel_pos_attention",)
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have; the compiler does not check
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 DTYPES = {
