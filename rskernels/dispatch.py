@@ -32,7 +32,7 @@ _CPP_TRITON: _Rows = {
 # operator -> device -> dtype -> accelerated backends, best first. Whatever is not listed (float64, fp16
 # on the CPU, mixed dtypes, other devices) is served by the reference.
 TABLE: dict[str, _Rows] = {
-    "rel_pos_attention": _CPP,
+    "rel_pos_attention": _CPP_TRITON,
     "linear": _CPP,
     "layer_norm": _CPP,
     "lora_linear": _CPP,

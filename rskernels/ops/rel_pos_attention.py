@@ -8,7 +8,8 @@ Kirillov et al., "Segment Anything" (arXiv:2304.02643): the bias takes q unscale
 Shapes: B batch, H/W grid rows and columns, D embedding, n heads, d = D / n head dim, h/w window rows and
 columns (the grid's own without windows), N = h·w tokens of a window, M number of windows in the batch.
 
-docs/kernels/rel_pos_attention.md explains the CPU kernel (csrc/cpu/rel_pos_attention.cpp) and has figures.
+docs/kernels/rel_pos_attention.md explains the kernels (csrc/cpu/rel_pos_attention.cpp,
+rskernels/triton/rel_pos_attention*.py) and has figures.
 """
 
 from typing import Any
@@ -58,8 +59,9 @@ def rel_pos_attention(
         (B, H, W, D), contiguous, in the dtype of qkv.
     Dtypes: qkv decides, under autocast autocast's dtype; the other tensors may have another floating-point
         dtype, are rounded to that of qkv where they meet it, and get gradients in their own. Sums are fp32.
-        float32 and bfloat16 are accelerated on the CPU, all else is served by the reference.
-    Memory: O(N), forward and backward, on an accelerated backend.
+        float32 and bfloat16 are accelerated on the CPU, float32, float16 and bfloat16 on CUDA (head dims up
+        to 256, in float32 to 64; on request: backend "triton"), all else is served by the reference.
+    Memory: O(N), forward and backward, on an accelerated backend; on CUDA, with tables, O(N·(h + w)).
     Raises:
         ValueError: shapes or numbers that do not fit. TypeError: not a floating-point tensor; num_heads or
             window_size not an int; scale not a number.
@@ -70,9 +72,19 @@ def rel_pos_attention(
     if qkv.shape[1] % h == 0 and qkv.shape[2] % w == 0:
         pad_qkv = None  # nothing is padded: no gradient, on any backend
     scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else float(scale)
-    if choose("rel_pos_attention", qkv) == "reference":
+    without = _without(qkv.dtype, qkv.shape[-1] // (3 * num_heads))
+    if choose("rel_pos_attention", qkv, without=without) == "reference":
         return rel_pos_attention_reference(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window_size, scale)
     return _attention_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window_size, scale)[0]
+
+
+def _without(dtype: torch.dtype, head_dim: int) -> dict[str, str]:
+    """The backends that this head dim rules out, and why: a query's numbers have to fit into registers."""
+    limit = 64 if dtype == torch.float32 else 256
+    if head_dim <= limit:
+        return {}
+    kind = str(dtype).removeprefix("torch.")
+    return {"triton": f"in {kind} its head dims are at most {limit}, this is {head_dim}"}
 
 
 def rel_pos_attention_reference(
@@ -325,12 +337,14 @@ _attention_forward = define(
     f"rel_pos_attention_forward(Tensor qkv, {_ARGUMENTS}) -> (Tensor, Tensor)",
     reference=_forward_composite,
     fake=_forward_fake,
+    triton="rel_pos_attention.forward",
 )
 _attention_backward = define(
     f"rel_pos_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, {_ARGUMENTS}, bool[4] mask)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_backward_composite,
     fake=_backward_fake,
+    triton="rel_pos_attention.backward",
 )
 
 

@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 from rskernels.triton.launch import CHIPS, Launch, noting
 
 OPERATORS: tuple[str, ...] = (
+    "rel_pos_attention",
     "cross_attention",
     "distillation_loss",
     "deformable_attention",

@@ -1,0 +1,386 @@
+"""rel_pos_attention in Triton: the backward pass, in three kernels.
+
+1. `query_gradients`, over query tiles: δ = dO·O, dS, dQ, and the sums of dS over every key row and column.
+2. `key_gradients`, over key tiles: dK, dV and, of padded tokens, their sums.
+3. `table_gradients`: products of those sums of dS with q, a partial result for every share of the queries.
+
+No atomics: every number has one writer, and sums are cut by shape alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rskernels.triton.launch import cdiv, dot_precision, launch, power_of_2
+from rskernels.triton.rel_pos_attention_tiles import (
+    LOG2E,
+    Call,
+    add_biases,
+    load_biases,
+    load_keys,
+    load_queries,
+    load_table,
+    place_of,
+    query_biases,
+    table_range,
+    token_mask,
+)
+
+SHARES = 128  # of the queries, for the gradients of the tables
+PARTIAL_NUMBERS = 2**23  # that their partial results may take, 32 MiB
+
+
+@triton.jit
+def table_part(
+    dq, table, sums, i, position, known, side, stride, first, last,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq + the sum over keys of sums[i, key] table[position_i - key + side - 1]."""
+    for c0 in range(first, last, BLOCK_C):
+        c = c0 + tl.arange(0, BLOCK_C)
+        rows = load_table(table, c, side, DIM, BLOCK_D)
+        key = position[:, None] + (side - 1) - c[None, :]
+        mask = known[:, None] & (key >= 0) & (key < side)
+        ds = tl.load(sums + i[:, None] * stride + key, mask=mask, other=0.0)
+        dq = tl.dot(ds.to(rows.dtype), rows, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit
+def query_gradients(
+    q_ptr, k_ptr, v_ptr, k_pad, v_pad, table_h, table_w, rel_ptr, sums_ptr, do_ptr, out_ptr, lse_ptr,
+    delta_ptr, dq_ptr,
+    image_stride, row_stride, column_stride, do_image_stride, do_row_stride, do_column_stride,
+    heads, down, across, H, W, h, w, tokens, plane, scale,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    BLOCK_C: tl.constexpr, TABLES: tl.constexpr, PAD: tl.constexpr, EVEN: tl.constexpr, CUT: tl.constexpr,
+    STORE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(tokens, BLOCK_M)
+    unit = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * BLOCK_M
+    r = tl.arange(0, BLOCK_M)
+    i = first + r
+    image, head, first_row, first_column = place_of(unit, heads, down, across, h, w)
+    y, x = i // w, i % w
+    known = i < tokens
+    row, column = first_row + y, first_column + x
+    inside = known & (row < H) & (column < W)
+    base = image * image_stride + head * DIM
+    do_base = do_ptr + image * do_image_stride + head * DIM
+    q = load_queries(q_ptr + base, row, column, row_stride, column_stride, inside, DIM, BLOCK_D)
+    if TABLES:
+        rel = rel_ptr + (unit.to(tl.int64) * tokens + first) * (h + w)
+        sums = sums_ptr + (unit.to(tl.int64) * tokens + first) * (h + w)
+        query_biases(q, table_h, table_w, rel, r, y, x, known, h, w, DIM, BLOCK_D, BLOCK_C, PRECISION)
+
+    do = load_queries(do_base, row, column, do_row_stride, do_column_stride, inside, DIM, BLOCK_D)
+    mask = token_mask(inside, DIM, BLOCK_D)
+    token = image * plane + row * W + column
+    d = tl.arange(0, BLOCK_D)[None, :]
+    out = tl.load(out_ptr + (token * heads + head)[:, None] * DIM + d, mask=mask, other=0.0)
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    statistic = (image * heads + head) * plane + row * W + column
+    tl.store(delta_ptr + statistic, delta, mask=inside)
+    # A padded query takes no part: p is 0.
+    lse = tl.load(lse_ptr + statistic, mask=inside, other=float("inf")) * LOG2E
+
+    n = tl.arange(0, ROWS * COLS)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for x0 in range(0, w, COLS):
+        key_x = x0 + n % COLS
+        slice_x = x0 + tl.arange(0, COLS)
+        if TABLES:
+            rel_w = load_biases(rel + h, r, slice_x, known, w, h + w)
+            sums_w = tl.zeros((BLOCK_M, COLS), tl.float32)
+            if CUT:
+                tl.debug_barrier()  # the sums over rows go on from those of the slice before
+        for y0 in range(0, h, ROWS):
+            key_y = y0 + n // COLS
+            valid = (key_x < w) & (key_y * w + key_x < tokens)
+            key_row, key_column = first_row + key_y, first_column + key_x
+            seen = (key_row < H) & (key_column < W)
+            k = load_keys(
+                k_ptr + base, k_pad + head * DIM if PAD else None, key_row, key_column,
+                row_stride, column_stride, valid, seen, DIM, BLOCK_D, PAD,
+            )  # fmt: skip
+            v = load_keys(
+                v_ptr + base, v_pad + head * DIM if PAD else None, key_row, key_column,
+                row_stride, column_stride, valid, seen, DIM, BLOCK_D, PAD,
+            )  # fmt: skip
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            if TABLES:
+                rel_h = load_biases(rel, r, y0 + tl.arange(0, ROWS), known, h, h + w)
+                s = add_biases(s, rel_h, rel_w, BLOCK_M, ROWS, COLS)
+            p = tl.exp2(s - lse[:, None])
+            if not EVEN:
+                p = tl.where(valid[None, :], p, 0.0)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = p * (dp - delta[:, None])
+            if STORE:
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+            if TABLES:
+                ds_grid = tl.reshape(ds, (BLOCK_M, ROWS, COLS))
+                sums_w += tl.sum(ds_grid, 1)
+                sums_h = tl.sum(ds_grid, 2)
+                slice_y = y0 + tl.arange(0, ROWS)
+                pointers = sums + r[:, None] * (h + w) + slice_y[None, :]
+                wanted = known[:, None] & (slice_y < h)[None, :]
+                if CUT:
+                    sums_h += tl.load(pointers, mask=wanted & (x0 > 0), other=0.0)
+                tl.store(pointers, sums_h, mask=wanted)
+        if TABLES:
+            pointers = sums + h + r[:, None] * (h + w) + slice_x[None, :]
+            tl.store(pointers, sums_w, mask=known[:, None] & (slice_x < w)[None, :])
+
+    if STORE:
+        dq = dq * scale
+        # Adds 0, which the compiler does not know: indices shared with what comes before the loop would hold
+        # registers all through it.
+        r = r + tl.program_id(1)
+        i = first + r
+        y, x = i // w, i % w
+        known = i < tokens
+        row, column = first_row + y, first_column + x
+        if TABLES:
+            tl.debug_barrier()
+            top, bottom, left, right = table_range(y, x, h, w, known)
+            dq = table_part(
+                dq, table_h, sums, r, y, known, h, h + w, top, bottom, DIM, BLOCK_D, BLOCK_C, PRECISION
+            )
+            dq = table_part(
+                dq, table_w, sums + h, r, x, known, w, h + w, left, right, DIM, BLOCK_D, BLOCK_C, PRECISION
+            )
+        token = image * plane + row * W + column
+        pointers = dq_ptr + token[:, None] * (3 * heads * DIM) + head * DIM + d
+        mask = token_mask(known & (row < H) & (column < W), DIM, BLOCK_D)
+        tl.store(pointers, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def key_gradients(
+    q_ptr, k_ptr, v_ptr, k_pad, v_pad, rel_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, padded_ptr,
+    image_stride, row_stride, column_stride, do_image_stride, do_row_stride, do_column_stride,
+    heads, down, across, H, W, h, w, tokens, plane, scale,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    TABLES: tl.constexpr, PAD: tl.constexpr, STORE: tl.constexpr, STORE_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    slices = tl.cdiv(w, COLS)
+    tiles = tl.cdiv(h, ROWS) * slices
+    unit = tl.program_id(0) // tiles
+    tile = tl.program_id(0) % tiles
+    image, head, first_row, first_column = place_of(unit, heads, down, across, h, w)
+    n = tl.arange(0, ROWS * COLS)
+    y0, x0 = tile // slices * ROWS, tile % slices * COLS
+    key_y, key_x = y0 + n // COLS, x0 + n % COLS
+    valid = (key_x < w) & (key_y * w + key_x < tokens)
+    key_row, key_column = first_row + key_y, first_column + key_x
+    seen = (key_row < H) & (key_column < W)
+    base = image * image_stride + head * DIM
+    k = load_keys(
+        k_ptr + base, k_pad + head * DIM if PAD else None, key_row, key_column, row_stride, column_stride,
+        valid, seen, DIM, BLOCK_D, PAD,
+    )  # fmt: skip
+    v = load_keys(
+        v_ptr + base, v_pad + head * DIM if PAD else None, key_row, key_column, row_stride, column_stride,
+        valid, seen, DIM, BLOCK_D, PAD,
+    )  # fmt: skip
+    if TABLES:
+        rel = rel_ptr + unit.to(tl.int64) * tokens * (h + w)
+        slice_y, slice_x = y0 + tl.arange(0, ROWS), x0 + tl.arange(0, COLS)
+    do_base = do_ptr + image * do_image_stride + head * DIM
+    statistics = (image * heads + head) * plane
+
+    dk = tl.zeros((ROWS * COLS, BLOCK_D), tl.float32)
+    dv = tl.zeros((ROWS * COLS, BLOCK_D), tl.float32)
+    for i0 in range(0, tokens, BLOCK_M):
+        i = i0 + tl.arange(0, BLOCK_M)
+        known = i < tokens
+        row, column = first_row + i // w, first_column + i % w
+        inside = known & (row < H) & (column < W)
+        q = load_queries(q_ptr + base, row, column, row_stride, column_stride, inside, DIM, BLOCK_D)
+        do = load_queries(do_base, row, column, do_row_stride, do_column_stride, inside, DIM, BLOCK_D)
+        statistic = statistics + row * W + column
+        # A padded query takes no part: p is 0.
+        lse = tl.load(lse_ptr + statistic, mask=inside, other=float("inf")) * LOG2E
+        delta = tl.load(delta_ptr + statistic, mask=inside, other=0.0)
+        # Keys x queries, so that no operand of the sums below is transposed. What a key beyond the window
+        # has in its row stays there, and is not stored.
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
+        if TABLES:
+            query = i[None, :].to(tl.int64) * (h + w)
+            rel_h = tl.load(
+                rel + query + slice_y[:, None], mask=known[None, :] & (slice_y < h)[:, None], other=0.0
+            )
+            rel_w = tl.load(
+                rel + h + query + slice_x[:, None], mask=known[None, :] & (slice_x < w)[:, None], other=0.0
+            )
+            grid = tl.reshape(s, (ROWS, COLS, BLOCK_M)) + rel_h[:, None, :] + rel_w[None, :, :]
+            s = tl.reshape(grid, (ROWS * COLS, BLOCK_M))
+        p = tl.exp2(s - lse[None, :])
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    dk = dk * scale
+    d = tl.arange(0, BLOCK_D)
+    if STORE:
+        token = image * plane + key_row * W + key_column
+        at = token[:, None] * (3 * heads * DIM) + head * DIM + d[None, :]
+        mask = token_mask(valid & seen, DIM, BLOCK_D)
+        tl.store(dk_ptr + at, dk.to(dk_ptr.dtype.element_ty), mask=mask)
+        tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    if STORE_PADDED:
+        padded = (valid & (seen == 0))[:, None]
+        at = padded_ptr + tl.program_id(0).to(tl.int64) * (2 * DIM) + d
+        tl.store(at, tl.sum(tl.where(padded, dk, 0.0), 0), mask=d < DIM)
+        tl.store(at + DIM, tl.sum(tl.where(padded, dv, 0.0), 0), mask=d < DIM)
+
+
+@triton.jit
+def table_gradients(
+    q_ptr, sums_ptr, partial_ptr, image_stride, row_stride, column_stride,
+    heads, down, across, H, W, h, w, tokens, units, shares, first_tile,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCK_C rows of a table (those of the rows' first), for one share of the query tiles."""
+    tiles_h = tl.cdiv(2 * h - 1, BLOCK_C)
+    tile = first_tile + tl.program_id(1)
+    of_columns = tile >= tiles_h
+    side = tl.where(of_columns, w, h)
+    c = tl.where(of_columns, tile - tiles_h, tile) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tiles = tl.cdiv(tokens, BLOCK_M)
+    acc = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
+    for t in range(tl.program_id(0), units * tiles, shares):
+        unit = t // tiles
+        i = t % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+        image, head, first_row, first_column = place_of(unit, heads, down, across, h, w)
+        y, x = i // w, i % w
+        row, column = first_row + y, first_column + x
+        inside = (i < tokens) & (row < H) & (column < W)
+        base = q_ptr + image * image_stride + head * DIM
+        q = load_queries(base, row, column, row_stride, column_stride, inside, DIM, BLOCK_D)
+        key = tl.where(of_columns, x, y)[None, :] + (side - 1) - c[:, None]
+        sums = sums_ptr + unit.to(tl.int64) * tokens * (h + w) + tl.where(of_columns, h, 0)
+        mask = inside[None, :] & (key >= 0) & (key < side)
+        ds = tl.load(sums + i[None, :].to(tl.int64) * (h + w) + key, mask=mask, other=0.0)
+        acc = tl.dot(ds.to(q.dtype), q, acc, input_precision=PRECISION)
+    length = 2 * h - 1 + 2 * w - 1
+    at = tl.program_id(0).to(tl.int64) * length + tl.where(of_columns, 2 * h - 1, 0) + c
+    pointers = partial_ptr + at[:, None] * DIM + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(pointers, acc, mask=token_mask(c < 2 * side - 1, DIM, BLOCK_D))
+
+
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    rel_pos_h: Tensor | None,
+    rel_pos_w: Tensor | None,
+    pad_qkv: Tensor | None,
+    num_heads: int,
+    window_size: int,
+    scale: float,
+    mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, both tables and pad_qkv; those that `mask` does not ask for are empty."""
+    call = Call.of(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window_size, scale)
+    nothing = grad.new_empty(0)
+    grad_qkv = qkv.new_empty(qkv.shape) if mask[0] else nothing
+    delta, rel, sums = torch.empty_like(lse), call.scratch(), call.scratch()
+    _query_gradients(call, grad, out, lse, delta, rel, sums, grad_qkv, mask[0])
+    grad_h = grad_w = grad_pad = nothing
+    if rel_pos_h is not None and rel_pos_w is not None and (mask[1] or mask[2]):
+        grad_h, grad_w = _table_gradients(call, sums, mask[1], mask[2])
+        grad_h, grad_w = grad_h.to(rel_pos_h.dtype), grad_w.to(rel_pos_w.dtype)
+    wants_pad = mask[3] and pad_qkv is not None
+    if mask[0] or wants_pad:
+        padded = _key_gradients(call, grad, lse, delta, rel, grad_qkv, mask[0], wants_pad)
+        if pad_qkv is not None and wants_pad:
+            grad_pad = padded.to(pad_qkv.dtype)
+    return grad_qkv, grad_h, grad_w, grad_pad
+
+
+def _query_gradients(
+    call: Call,
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    rel: Tensor | None,
+    sums: Tensor | None,
+    grad_qkv: Tensor,
+    store: bool,
+) -> None:
+    """Writes delta, the biases, the sums of dS and, where asked to, the part of q in grad_qkv."""
+    tile = call.tile("query_gradients")
+    grad = tile.laid_out(grad)
+    launch(
+        query_gradients,
+        (tile.query_tiles * call.units,),
+        *call.parts(), *call.pads_of_keys(), call.rel_pos_h, call.rel_pos_w, rel, sums, grad,
+        out.contiguous(), lse.contiguous(), delta, grad_qkv,
+        *tile.strides(call.qkv), *tile.strides(grad), *tile.shape(), call.scale,
+        **tile.constants(), **tile.query_constants(), CUT=tile.columns < tile.window[1], STORE=store,
+    )  # fmt: skip
+
+
+def _key_gradients(
+    call: Call,
+    grad: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    rel: Tensor | None,
+    grad_qkv: Tensor,
+    store: bool,
+    store_padded: bool,
+) -> Tensor:
+    """Writes the parts of k and v in grad_qkv; returns pad_qkv's gradient in float32, empty if unwanted."""
+    tile = call.tile("key_gradients")
+    grad = tile.laid_out(grad)
+    windows = call.units // call.heads
+    shape = (windows, call.heads, tile.key_tiles, 2, call.dim) if store_padded else (0,)
+    padded = grad.new_empty(shape, dtype=torch.float32)
+    dk, dv = grad_qkv.chunk(3, dim=3)[1:] if store else (grad_qkv, grad_qkv)
+    launch(
+        key_gradients,
+        (tile.key_tiles * call.units,),
+        *call.parts(), *call.pads_of_keys(), rel, grad, lse.contiguous(), delta, dk, dv, padded,
+        *tile.strides(call.qkv), *tile.strides(grad), *tile.shape(), call.scale,
+        **tile.constants(), STORE=store, STORE_PADDED=store_padded,
+    )  # fmt: skip
+    if not store_padded:
+        return padded
+    of_keys = padded.sum((0, 2)).transpose(0, 1).reshape(-1)
+    # Padded queries are dropped: their part is 0.
+    return torch.cat([of_keys.new_zeros(call.heads * call.dim), of_keys])
+
+
+def _table_gradients(call: Call, sums: Tensor | None, wants_h: bool, wants_w: bool) -> tuple[Tensor, Tensor]:
+    """Both gradients in float32; one that is unwanted is empty."""
+    tile, (h, w) = call.tile("table_gradients"), call.side
+    length_h, length_w = 2 * h - 1, 2 * w - 1
+    tiles_h, tiles_w = cdiv(length_h, tile.keys), cdiv(length_w, tile.keys)
+    shares = min(SHARES, PARTIAL_NUMBERS // ((length_h + length_w) * call.dim), call.units * tile.query_tiles)
+    partial = call.qkv.new_empty(max(1, shares), length_h + length_w, call.dim, dtype=torch.float32)
+    heads, down, across, H, W, _, _, tokens, _ = tile.shape()
+    launch(
+        table_gradients,
+        (partial.shape[0], tiles_h * wants_h + tiles_w * wants_w),
+        call.parts()[0], sums, partial, *tile.strides(call.qkv),
+        heads, down, across, H, W, h, w, tokens, call.units, partial.shape[0], 0 if wants_h else tiles_h,
+        DIM=call.dim, BLOCK_D=power_of_2(call.dim), BLOCK_M=tile.block_m, BLOCK_C=tile.keys,
+        PRECISION=dot_precision(call.qkv.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    nothing = partial.new_empty(0)
+    return (
+        partial[:, :length_h].sum(0) if wants_h else nothing,
+        partial[:, length_h:].sum(0) if wants_w else nothing,
+    )
