@@ -100,9 +100,10 @@ def _build_encoder(size: int, batch: int, dtype: torch.dtype) -> dict[str, Call]
     }
 
 
-def _build_prediction(size: int, batch: int, dtype: torch.dtype) -> dict[str, Call]:
+def build_prediction(name: str, size: int, batch: int, dtype: torch.dtype) -> dict[str, Call]:
+    """The logits of a model of the registry, on our kernels and on plain PyTorch."""
     torch.manual_seed(0)
-    model = rsmodels.create_model("rs_sam_vit_b", num_classes=6, image_size=size).eval().to(device(), dtype)
+    model = rsmodels.create_model(name, num_classes=6, image_size=size).eval().to(device(), dtype)
     images = torch.randn(batch, 3, size, size).to(device(), dtype)
 
     def predict(backend: str) -> Tensor:
@@ -116,9 +117,10 @@ def _build_prediction(size: int, batch: int, dtype: torch.dtype) -> dict[str, Ca
     }
 
 
-def _build_training_step(size: int, batch: int, dtype: torch.dtype) -> dict[str, Call]:
+def build_training_step(name: str, size: int, batch: int, dtype: torch.dtype) -> dict[str, Call]:
+    """The gradients of a model's losses under autocast, on our kernels and on plain PyTorch."""
     torch.manual_seed(0)
-    model = rsmodels.create_model("rs_sam_vit_b", num_classes=6, image_size=size).train().to(device())
+    model = rsmodels.create_model(name, num_classes=6, image_size=size).train().to(device())
     images, mask = torch.randn(batch, 3, size, size), torch.randint(6, (batch, size, size))
     data = {"image": images.to(device()), "mask": mask.to(device())}
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -163,7 +165,7 @@ def cases() -> list[Case]:
     steps = [
         Case(
             name=f"both, RS-SAM ViT-B training step, 512 pixels, batch {2 * batches()}, {str(dtype)[6:]}",
-            build=partial(_build_training_step, 512, 2 * batches(), dtype),
+            build=partial(build_training_step, "rs_sam_vit_b", 512, 2 * batches(), dtype),
             dtype=dtype,
             reference="reference backend",
             images=2 * batches(),
@@ -177,7 +179,7 @@ def cases() -> list[Case]:
     predictions = [
         Case(
             name=f"forward, RS-SAM ViT-B, 1024 pixels, batch {batches()}, {str(dtype)[6:]}",
-            build=partial(_build_prediction, 1024, batches(), dtype),
+            build=partial(build_prediction, "rs_sam_vit_b", 1024, batches(), dtype),
             dtype=dtype,
             reference="reference backend",
             images=batches(),

@@ -42,7 +42,7 @@ from rsmodels.files import read_json, write_json
 try:
     from benchmarks import charts
 except ModuleNotFoundError as error:  # figures without pictures
-    if error.name != "matplotlib":
+    if (error.name or "").partition(".")[0] != "matplotlib":
         raise
     charts = None  # type: ignore[assignment]
 

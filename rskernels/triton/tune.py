@@ -83,7 +83,7 @@ def tune(
     found: list[Found] = []
     for operator in aot.OPERATORS if operators is None else operators:
         module = importlib.import_module(f"rskernels.triton.{operator}")
-        for (kernel, shape_class), examples in _classes(module.examples(), capability).items():
+        for (kernel, shape_class), examples in classes_of(module.examples(), capability).items():
             if time.monotonic() > stop:
                 print(
                     f"tune: {seconds:.0f} seconds are over; the rest keeps what the package ships", flush=True
@@ -130,7 +130,7 @@ def write_package(found: Iterable[Found], capability: int) -> list[Path]:
     return written
 
 
-def _classes(
+def classes_of(
     examples: Iterable[tuple[str, Example]], capability: int
 ) -> dict[tuple[str, str], list[Example]]:
     """(kernel, shape class) -> the examples that ask for it; float32, which few run on a GPU, last."""

@@ -224,7 +224,7 @@ def test_tables_switched_off(tiny, device, monkeypatch):
 def test_every_class_of_an_operator_has_candidates(operator):
     """A few, and with the constants that the package's configurations have; kernels go by their own names."""
     module = importlib.import_module(f"rskernels.triton.{operator}")
-    classes = tuner._classes(module.examples(), CAPABILITY)
+    classes = tuner.classes_of(module.examples(), CAPABILITY)
     assert classes
     for kernel, shape_class in classes:
         names = set(launch.shipped(CAPABILITY)[kernel]["default"])
