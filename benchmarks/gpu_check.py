@@ -339,7 +339,7 @@ def _check(check: Check, parts: Sequence[str], scale: float) -> int:
         print(f"gpu-check: {part}, at most {budget:.0f} s ...", flush=True)
         commands = check.commands(part, budget)
         # Timings want the device to themselves; tests and compilers do not.
-        at_once = 1 if part in ("tune", "benchmark", "models") else max(1, min(8, (os.cpu_count() or 1) // 2))
+        at_once = 1 if part in ("tune", "benchmark", "models") else min(8, os.cpu_count() or 1)
         outcomes = run(commands, budget, environment(check), at_once)
         seconds = time.monotonic() - begun
         verdict = check.verdict(part, outcomes) | {"seconds": round(seconds, 1), "budget": budget}
