@@ -1,11 +1,12 @@
-# make install | demo | test | sanitize | bench | lint | format | clean.  Everything happens inside .venv.
+# make install | demo | test | sanitize | bench | gpu-check | lint | format | clean.  Everything happens inside
+# .venv (gpu-check also without one).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RANKS ?= 2
 
-.PHONY: install demo test sanitize bench lint format clean
+.PHONY: install demo test sanitize bench gpu-check lint format clean
 
 # The slow part (downloads) runs again only when what it depends on changed; the in-place build of the
 # extension always runs and takes a second when nothing changed.
@@ -52,6 +53,11 @@ sanitize: install
 
 bench: install
 	@$(BIN)/python -m benchmarks.report
+
+# On a machine with a GPU; ARGS="--dry-run" shows on any machine that it is ready for one. No install: machines
+# with GPUs come with a torch of their own.
+gpu-check:
+	@$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(ARGS)
 
 lint: install
 	@$(BIN)/ruff check .

@@ -71,9 +71,9 @@ def _finish(axes: Axes, label: str, results: dict) -> None:
     axes.grid(axis="x", linewidth=0.3)
     axes.invert_yaxis()
     on = results["machine"]
+    with_what = f"driver {on['driver']}" if "driver" in on else f"{on['threads']} threads"
     axes.set_xlabel(
-        f"{label}\n{on['processor']}, {on['threads']} threads, torch {on['torch']}; "
-        "medians of interleaved rounds",
+        f"{label}\n{on['processor']}, {with_what}, torch {on['torch']}; medians of interleaved rounds",
         fontsize=8,
     )
 

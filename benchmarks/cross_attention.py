@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import rskernels
-from benchmarks.measure import PASSES, Call, Case, call_of
+from benchmarks import attention_peers
+from benchmarks.measure import PASSES, Call, Case, batches, call_of, device, dtypes, on_gpu, sized
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ SHAPES = [
 ]
 
 
+@cache
 def _boxes(shape: Shape) -> Tensor | None:
     """(B, Q, M): each query attends to a box of an eighth to half of the map's sides."""
     if not shape.side:
@@ -63,12 +65,15 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop_first: boo
     return weights[..., 1:] @ v[:, :, 1:] if drop_first else weights @ v
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop_first: bool) -> Tensor:
+def _through(
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, drop_first: bool
+) -> Tensor:
+    """Attention as F.scaled_dot_product_attention has it, from any of those who do."""
     if drop_first:
         v = torch.cat([torch.zeros_like(v[:, :, :1]), v[:, :, 1:]], dim=2)
     B = q.shape[0]
     k, v = k.expand(B, -1, -1, -1), v.expand(B, -1, -1, -1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is None else mask[:, None])
+    return attend(q, k, v, attn_mask=None if mask is None else mask[:, None])
 
 
 def _build(shape: Shape, dtype: torch.dtype, which: str) -> dict[str, Call]:
@@ -77,11 +82,12 @@ def _build(shape: Shape, dtype: torch.dtype, which: str) -> dict[str, Call]:
 
     def tokens(batch: int, count: int) -> Tensor:
         """(B, h, N, d) as a projection leaves it."""
-        x = torch.randn(batch, count, shape.h * shape.d, generator=generator).to(dtype)
+        x = torch.randn(batch, count, shape.h * shape.d, generator=generator).to(device(), dtype)
         return x.unflatten(-1, (shape.h, shape.d)).transpose(1, 2)
 
     inputs = tokens(shape.B, shape.Q), tokens(key_batch, shape.M), tokens(key_batch, shape.M)
     mask, grad = _boxes(shape), tokens(shape.B, shape.Q)
+    mask = None if mask is None else mask.to(device())
 
     def call(form: Callable[..., Tensor], contiguous: bool) -> Call:
         given = [
@@ -91,12 +97,16 @@ def _build(shape: Shape, dtype: torch.dtype, which: str) -> dict[str, Call]:
 
     ours = partial(rskernels.cross_attention, mask=mask, drop_first_key_value=shape.rein)
     eager = partial(_eager, mask=mask, drop_first=shape.rein)
-    sdpa = partial(_sdpa, mask=mask, drop_first=shape.rein)
+    options = {"mask": mask, "drop_first": shape.rein}
+    others: dict[str, Callable[..., Tensor]] = {"sdpa": F.scaled_dot_product_attention}
+    if on_gpu():
+        others |= attention_peers.sdpa(biased=mask is not None)
+        others |= {"flex, compiled": attention_peers.flex_masked(), "xformers": attention_peers.xformers}
     return {
         "rskernels": call(ours, contiguous=False),
         "eager": call(eager, contiguous=True),
         "eager, compiled": call(torch.compile(eager), contiguous=True),
-        "sdpa": call(sdpa, contiguous=True),
+        **{name: call(partial(_through, form, **options), contiguous=True) for name, form in others.items()},
     }
 
 
@@ -120,15 +130,16 @@ def _bytes(shape: Shape, which: str, dtype: torch.dtype) -> float:
 
 
 def cases() -> list[Case]:
+    shapes = [replace(shape, B=batches() * shape.B) for shape in SHAPES]
     return [
         Case(
-            name=f"{which}, {shape.name}, {str(dtype)[6:]}",
+            name=f"{which}, {sized(shape.name)}, {str(dtype)[6:]}",
             build=partial(_build, shape, dtype, which),
             dtype=dtype,
             flops=_flops(shape, which),
             bytes=_bytes(shape, which, dtype),
         )
         for which in PASSES
-        for shape in SHAPES
-        for dtype in (torch.float32, torch.bfloat16)
+        for shape in shapes
+        for dtype in dtypes()
     ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import rskernels
 import rsmodels
-from benchmarks.measure import Call, Case
+from benchmarks.measure import Call, Case, batches, device, on_gpu
 
 SIZE, CLASSES = 512, 6
 OURS, PEER = "rskernels", "reference backend"
@@ -24,14 +24,15 @@ KEPT = ", activations kept"
 
 def _build_step(name: str, options: dict[str, Any], dtype: torch.dtype) -> dict[str, Call]:
     torch.manual_seed(0)
-    model = rsmodels.create_model(name, num_classes=CLASSES, image_size=SIZE, **options).train()
-    data = {"image": torch.randn(1, 3, SIZE, SIZE), "mask": _patches()}
+    model = rsmodels.create_model(name, num_classes=CLASSES, image_size=SIZE, **options).train().to(device())
+    images = torch.randn(batches(), 3, SIZE, SIZE)
+    data = {"image": images.to(device()), "mask": _patches(batches()).to(device())}
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step(backend: str, checkpointing: bool) -> Tensor:
         torch.manual_seed(1)
         model.set_activation_checkpointing(checkpointing)
-        with rskernels.backend(backend), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with rskernels.backend(backend), torch.autocast(device().type, dtype, enabled=dtype != torch.float32):
             loss = torch.stack(list(model.losses(data).values())).sum()
             gradients = torch.autograd.grad(loss, parameters)
         return torch.cat([gradient.flatten() for gradient in gradients])
@@ -44,24 +45,56 @@ def _build_step(name: str, options: dict[str, Any], dtype: torch.dtype) -> dict[
     }
 
 
-def _patches() -> Tensor:
-    """A mask (1, H, W) of fields of 64 pixels."""
-    fields = torch.randint(CLASSES, (1, SIZE // 64, SIZE // 64))
+def _build_prediction(dtype: torch.dtype) -> dict[str, Call]:
+    torch.manual_seed(0)
+    model = (
+        rsmodels.create_model("crossearth_vit_l", num_classes=CLASSES, image_size=SIZE).eval().to(device())
+    )
+    images = torch.randn(batches(), 3, SIZE, SIZE).to(device())
+
+    def predict(backend: str) -> Tensor:
+        autocast = torch.autocast(device().type, dtype, enabled=dtype != torch.float32)
+        with rskernels.backend(backend), autocast, torch.no_grad():
+            return model(images)
+
+    return {OURS: partial(predict, "auto"), PEER: partial(predict, "reference")}
+
+
+def _patches(batch: int) -> Tensor:
+    """A mask (B, H, W) of fields of 64 pixels."""
+    fields = torch.randint(CLASSES, (batch, SIZE // 64, SIZE // 64))
     return fields.repeat_interleave(64, 1).repeat_interleave(64, 2)
 
 
 def cases() -> list[Case]:
     forms = [("crossearth_vit_l", {"style_probability": 0.0}, "CrossEarth"), ("rein_vit_l", {}, "Rein")]
-    return [
+    steps = [
         Case(
-            name=f"both, {title} ViT-L training step, {SIZE} pixels, batch 1, {str(dtype)[6:]}",
+            name=f"both, {title} ViT-L training step, {SIZE} pixels, batch {batches()}, {str(dtype)[6:]}",
             build=partial(_build_step, name, options, dtype),
             dtype=dtype,
             reference=PEER,
             beside=(OURS + KEPT,),
+            images=batches(),
+            counted=PEER + KEPT,
             # Where queries attend, and which points count, are decisions that rounding may turn.
             tolerance=2e-2 if dtype == torch.float32 else 3e-1,
         )
         for name, options, title in forms
         for dtype in (torch.float32, torch.bfloat16)
     ]
+    if not on_gpu():
+        return steps
+    predictions = [
+        Case(
+            name=f"forward, CrossEarth ViT-L, {SIZE} pixels, batch {batches()}, {str(dtype)[6:]}",
+            build=partial(_build_prediction, dtype),
+            dtype=dtype,
+            reference=PEER,
+            images=batches(),
+            counted=PEER,
+            tolerance=2e-2 if dtype == torch.float32 else 3e-1,
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    return predictions + steps

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rskernels
-from benchmarks.measure import PASSES, Call, Case, call_of
+from benchmarks.measure import PASSES, Call, Case, batches, call_of, device, dtypes, sized
 
 PYRAMID = ((16, 16), (32, 32), (64, 64))
 # name -> (B, levels, Q, heads, d): Mask2Former's pixel decoder at 512 pixels; ViT-Adapter's injector (the
@@ -22,6 +22,11 @@ SHAPES = {
 }
 POINTS = 4
 Levels = tuple[tuple[int, int], ...]
+
+
+def _shape(name: str) -> tuple[int, Levels, int, int, int]:
+    B, *rest = SHAPES[name]
+    return batches() * B, *rest
 
 
 def _grid_sample(value: Tensor, shapes: Levels, locations: Tensor, weights: Tensor) -> Tensor:
@@ -57,7 +62,7 @@ def _reference_points(queries: int) -> Tensor:
 
 
 def _build(name: str, dtype: torch.dtype, which: str) -> dict[str, Call]:
-    B, shapes, Q, h, d = SHAPES[name]
+    B, shapes, Q, h, d = _shape(name)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -69,8 +74,8 @@ def _build(name: str, dtype: torch.dtype, which: str) -> dict[str, Call]:
     offsets = 2 * random(B, Q, h, len(shapes), POINTS, 2) / sizes
     locations = _reference_points(Q)[None, :, None, None, None] + offsets
     weights = random(B, Q, h, len(shapes) * POINTS).softmax(-1).view(B, Q, h, len(shapes), POINTS)
-    inputs = [tensor.requires_grad_() for tensor in (value, locations, weights)]
-    grad = random(B, Q, h * d).to(dtype)
+    inputs = [tensor.to(device()).requires_grad_() for tensor in (value, locations, weights)]
+    grad = random(B, Q, h * d).to(device(), dtype)
     forms: dict[str, Callable[..., Tensor]] = {
         "rskernels": rskernels.deformable_attention,
         "eager": _grid_sample,
@@ -85,13 +90,13 @@ def _build(name: str, dtype: torch.dtype, which: str) -> dict[str, Call]:
 
 def _flops(name: str) -> float:
     """Multiply and add for four corners and each channel of every sample, forward."""
-    B, shapes, Q, h, d = SHAPES[name]
+    B, shapes, Q, h, d = _shape(name)
     return 2.0 * 4 * B * Q * h * len(shapes) * POINTS * d
 
 
 def _bytes(name: str, dtype: torch.dtype, which: str) -> float:
     """Value and output in `dtype`, locations (two numbers) and weights (one) in fp32."""
-    B, shapes, Q, h, d = SHAPES[name]
+    B, shapes, Q, h, d = _shape(name)
     value = B * sum(height * width for height, width in shapes) * h * d * dtype.itemsize
     samples = B * Q * h * len(shapes) * POINTS * 3 * 4
     out = B * Q * h * d * dtype.itemsize
@@ -103,7 +108,7 @@ def _bytes(name: str, dtype: torch.dtype, which: str) -> float:
 def cases() -> list[Case]:
     return [
         Case(
-            name=f"{which}, {name}, {str(dtype)[6:]}",
+            name=f"{which}, {sized(name)}, {str(dtype)[6:]}",
             build=partial(_build, name, dtype, which),
             dtype=dtype,
             # Backward: a product for locations and weights, and one for value.
@@ -112,5 +117,5 @@ def cases() -> list[Case]:
         )
         for which in PASSES
         for name in SHAPES
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in dtypes()
     ]

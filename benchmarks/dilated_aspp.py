@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rskernels
-from benchmarks.measure import PASSES, Call, Case, call_of
+from benchmarks.measure import PASSES, Call, Case, batches, call_of, device, dtypes, sized
 
 DILATIONS = (1, 6, 12, 18)
 # relu's gradient jumps: a value that rounding moves across 0 is a gradient there, or none.
-RELU_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+RELU_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 6e-2}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def build(
     channels, train = 4 * shape.outputs, which != "forward"
 
     def random(*size: int, gain: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=generator) * gain).to(dtype)
+        return (torch.randn(*size, generator=generator) * gain).to(device(), dtype)
 
     inputs = shape.inputs * 4 if len(shape.inputs) == 1 else shape.inputs
     features = [random(shape.batch, c, shape.size, shape.size) for c in shape.inputs]
@@ -126,9 +126,10 @@ def build(
 
 
 def cases() -> list[Case]:
+    shapes = [replace(shape, batch=batches() * shape.batch) for shape in SHAPES]
     return [
         Case(
-            name=f"{which}, {shape.name}, {activation}, {str(dtype)[6:]}",
+            name=f"{which}, {sized(shape.name)}, {activation}, {str(dtype)[6:]}",
             build=partial(build, shape, activation, dtype, which),
             dtype=dtype,
             flops=shape.flops() * {"forward": 1, "backward": 2, "both": 3}[which],
@@ -137,6 +138,6 @@ def cases() -> list[Case]:
             tolerance=RELU_TOLERANCE[dtype] if activation == "relu" and which != "forward" else 0.0,
         )
         for which in PASSES
-        for shape, activation in zip(SHAPES, ("gelu", "relu", "relu"), strict=True)
-        for dtype in (torch.float32, torch.bfloat16)
+        for shape, activation in zip(shapes, ("gelu", "relu", "relu"), strict=True)
+        for dtype in dtypes()
     ]

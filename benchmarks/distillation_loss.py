@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rskernels
-from benchmarks.measure import PASSES, Call, Case, call_of
+from benchmarks.measure import PASSES, Call, Case, batches, call_of, device, dtypes, on_gpu
 
 # (B, C, h, w): ViT-B's and ViT-L's maps of 512 and 1024 pixels.
 SHAPES = [(4, 768, 32, 32)]
@@ -36,27 +36,42 @@ def _eager(student: Tensor, teacher: Tensor, *, axis: str, direction: str) -> tu
     return kl, F.mse_loss(student, teacher)
 
 
+def _through_liger(student: Tensor, teacher: Tensor, *, axis: str, direction: str) -> tuple[Tensor, Tensor]:
+    """Liger's KL kernel takes rows of log-probabilities: the softmaxes and the MSE are PyTorch's."""
+    from liger_kernel.transformers import LigerKLDIVLoss
+
+    dim = 1 if axis == "channel" else 3
+    student, teacher = student.float(), teacher.float()
+    rows = [F.log_softmax(x, dim).movedim(dim, -1).flatten(0, -2) for x in (student, teacher)]
+    log_p, log_q = rows if direction == "teacher||student" else rows[::-1]
+    kl = LigerKLDIVLoss(reduction="batchmean", log_target=True)(log_p, log_q)
+    return kl, F.mse_loss(student, teacher)
+
+
 def _build(
     shape: tuple[int, int, int, int], layout: str, axis: str, direction: str, dtype: torch.dtype, which: str
 ) -> dict[str, Call]:
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    student, teacher = (torch.randn(shape, generator=generator).to(device(), dtype) for _ in range(2))
     if layout == "channels-last":
         student = student.to(memory_format=torch.channels_last)
     if "channels-last" in layout:
         teacher = teacher.to(memory_format=torch.channels_last)
     student.requires_grad_()
-    grads = (torch.tensor(0.5), torch.tensor(0.5))
+    grads = (torch.tensor(0.5, device=device()), torch.tensor(0.5, device=device()))
     options = {"axis": axis, "direction": direction}
     forms: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
         "rskernels": partial(rskernels.distillation_loss, **options),
         "eager": partial(_eager, **options),
         "compiled": torch.compile(partial(_eager, **options)),
     }
+    if on_gpu():
+        forms["Liger's KL"] = partial(_through_liger, **options)
     return {name: call_of(which, form, (student, teacher), grads) for name, form in forms.items()}
 
 
 def cases() -> list[Case]:
+    shapes = [(batches() * batch, *sizes) for batch, *sizes in SHAPES]
     return [
         Case(
             name=f"{which}, {'x'.join(map(str, shape))}, {layout}, {axis}, {str(dtype)[6:]}",
@@ -65,8 +80,8 @@ def cases() -> list[Case]:
             # Two reads forward; two reads and a write backward.
             bytes=math.prod(shape) * dtype.itemsize * {"forward": 2, "backward": 3, "both": 5}[which],
         )
-        for shape in SHAPES
+        for shape in shapes
         for layout, axis, direction in FORMS
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in dtypes()
         for which in PASSES
     ]

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 import rsmodels
-from benchmarks.measure import Call, Case
+from benchmarks.measure import Call, Case, batches, device
 from rsmodels.heads.upernet import UPerNetHead
 from rsmodels.methods.teacher import Teacher
 
@@ -102,24 +102,29 @@ def _models(size: int) -> tuple[Any, Teacher, _Peer]:
     """Ours, our teacher, and the peer on the same weights. Without drop path and dropout, which would make
     two runs of the student differ."""
     torch.manual_seed(0)
-    model = rsmodels.create_model(
-        "ktda_convnext_b", num_classes=5, image_size=size, drop_path=0.0, dropout=0.0
-    ).train()
-    teacher = Teacher("dinov2_vit_b", image_size=size)
+    model = (
+        rsmodels.create_model("ktda_convnext_b", num_classes=5, image_size=size, drop_path=0.0, dropout=0.0)
+        .train()
+        .to(device())
+    )
+    teacher = Teacher("dinov2_vit_b", image_size=size).to(device())
     theirs = timm.create_model(
         "vit_base_patch14_dinov2", img_size=teacher.encoder.image_size[0], num_classes=0
     ).eval()
-    theirs.load_state_dict(teacher.encoder.state_dict())
+    theirs.to(device()).load_state_dict(teacher.encoder.state_dict())
     return model, teacher, _Peer(model, theirs)
 
 
 def _autocast(dtype: torch.dtype) -> torch.autocast:
-    return torch.autocast("cpu", dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
+    return torch.autocast(
+        device().type, dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32
+    )
 
 
 def _build_step(size: int, batch: int, dtype: torch.dtype) -> dict[str, Call]:
     model, teacher, peer = _models(size)
-    images, mask = torch.randn(batch, 3, size, size), torch.randint(5, (batch, size, size))
+    images = torch.randn(batch, 3, size, size).to(device())
+    mask = torch.randint(5, (batch, size, size)).to(device())
     parameters = list(model.parameters())
 
     def ours() -> Tensor:
@@ -136,7 +141,7 @@ def _build_step(size: int, batch: int, dtype: torch.dtype) -> dict[str, Call]:
 
 def _build_prediction(size: int, dtype: torch.dtype) -> dict[str, Call]:
     model, _, peer = _models(size)
-    images = torch.randn(1, 3, size, size)
+    images = torch.randn(batches(), 3, size, size).to(device())
     model.eval()
     return {
         OURS: partial(_predict, model, images, dtype),
@@ -147,7 +152,7 @@ def _build_prediction(size: int, dtype: torch.dtype) -> dict[str, Call]:
 def _build_with_teacher(size: int, dtype: torch.dtype) -> dict[str, Call]:
     """What prediction would cost if the teacher had to run along."""
     model, teacher, _ = _models(size)
-    images = torch.randn(1, 3, size, size)
+    images = torch.randn(batches(), 3, size, size).to(device())
     model.eval()
 
     def both(images: Tensor) -> Tensor:
@@ -169,10 +174,13 @@ def cases() -> list[Case]:
     forms = [(size, dtype) for size in (256, 512) for dtype in (torch.float32, torch.bfloat16)]
     steps = [
         Case(
-            name=f"both, KTDA ConvNeXt-B training step, {size} pixels, batch 2, {str(dtype)[6:]}",
-            build=partial(_build_step, size, 2, dtype),
+            name=f"both, KTDA ConvNeXt-B training step, {size} pixels, batch {2 * batches()}, "
+            f"{str(dtype)[6:]}",
+            build=partial(_build_step, size, 2 * batches(), dtype),
             dtype=dtype,
             reference=PEER,
+            images=2 * batches(),
+            counted=OURS,
             # UPerNet's coarsest batch norm sees two values per channel, and makes much of their rounding.
             tolerance=5e-3 if dtype == torch.float32 else 2e-1,
         )
@@ -180,12 +188,14 @@ def cases() -> list[Case]:
     ]
     predictions = [
         Case(
-            name=f"forward, KTDA ConvNeXt-B{title}, {size} pixels, batch 1, {str(dtype)[6:]}",
+            name=f"forward, KTDA ConvNeXt-B{title}, {size} pixels, batch {batches()}, {str(dtype)[6:]}",
             build=partial(build, size, dtype),
             dtype=dtype,
             reference=reference,
             tolerance=1e-4 if dtype == torch.float32 else 8e-2,
             beside=("with the teacher",),
+            images=batches(),
+            counted=OURS,
         )
         for build, title, reference in (
             (_build_prediction, "", PEER),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import rskernels
-from benchmarks.measure import PASSES, Call, Case, call_of
+from benchmarks.measure import PASSES, Call, Case, batches, call_of, device
 from rskernels.ops.layer_norm import layer_norm_reference
 
 # rows, channels, dtype of x and of the result: tokens at 1024 pixels, under autocast at 512, a map at 1/4.
@@ -22,10 +22,13 @@ SHAPES = [
 
 def _build(rows: int, dim: int, dtype: torch.dtype, result: torch.dtype, which: str) -> dict[str, Call]:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, dim, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(dim, generator=generator).requires_grad_()
-    bias = torch.randn(dim, generator=generator).requires_grad_()
-    grad = torch.randn(rows, dim, generator=generator).to(result)
+
+    def random(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device(), dtype)
+
+    x = random(rows, dim, dtype=dtype).requires_grad_()
+    weight, bias = random(dim).requires_grad_(), random(dim).requires_grad_()
+    grad = random(rows, dim, dtype=result)
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return rskernels.layer_norm(x, weight, bias, dtype=result)
@@ -38,6 +41,7 @@ def _build(rows: int, dim: int, dtype: torch.dtype, result: torch.dtype, which: 
 
 
 def cases() -> list[Case]:
+    shapes = [(batches() * rows, *rest) for rows, *rest in SHAPES]
     return [
         Case(
             name=f"{which}, {rows}x{dim}, {str(dtype)[6:]} to {str(result)[6:]}",
@@ -46,5 +50,5 @@ def cases() -> list[Case]:
             reference="F.layer_norm",
         )
         for which in PASSES
-        for rows, dim, dtype, result in SHAPES
+        for rows, dim, dtype, result in shapes
     ]

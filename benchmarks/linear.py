@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rskernels
-from benchmarks.measure import Call, Case
+from benchmarks.measure import Call, Case, batches, device, dtypes
 
 # (tokens, in, out, activation): qkv, projection, the two halves of the MLP at 1024 pixels; qkv at 512.
 SHAPES = [(4096, 768, 2304, None), (4096, 768, 768, None), (4096, 768, 3072, "gelu"), (4096, 3072, 768, None),
@@ -27,10 +27,11 @@ def _build(shape: tuple[int, int, int, str | None], dtype: torch.dtype, train: b
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int, gain: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=generator) * gain).to(dtype).requires_grad_(train)
+        values = torch.randn(*size, generator=generator) * gain
+        return values.to(device(), dtype).requires_grad_(train)
 
     x, weight, bias = random(tokens, d_in), random(d_out, d_in, gain=d_in**-0.5), random(d_out)
-    grad = torch.randn(tokens, d_out, generator=generator).to(dtype)
+    grad = torch.randn(tokens, d_out, generator=generator).to(device(), dtype)
 
     def forward(form: Callable[..., Tensor]) -> Tensor:
         with torch.no_grad():
@@ -44,6 +45,7 @@ def _build(shape: tuple[int, int, int, str | None], dtype: torch.dtype, train: b
 
 
 def cases() -> list[Case]:
+    shapes = [(batches() * tokens, *sizes) for tokens, *sizes in SHAPES]
     return [
         Case(
             name=f"{'training step' if train else 'forward'}, {tokens}x{d_in} -> {d_out}"
@@ -54,6 +56,6 @@ def cases() -> list[Case]:
             reference="F.linear",
         )
         for train in (False, True)
-        for tokens, d_in, d_out, activation in SHAPES
-        for dtype in (torch.float32, torch.bfloat16)
+        for tokens, d_in, d_out, activation in shapes
+        for dtype in dtypes()
     ]

@@ -1,7 +1,8 @@
 """LoRA on q and v of a fused qkv projection, against the projection without LoRA and with merged weights.
 
 "without LoRA" is what the targets refer to, a floor and not a peer: `rskernels.linear`, and its dx alone. It
-computes less, so its own outputs are dropped and the reference's handed on.
+computes less, so its own outputs are dropped and the reference's handed on. PEFT has no LoRA on two thirds of
+a fused projection: there q, k and v are three.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rskernels
-from benchmarks.measure import PASSES, Call, Case, call_of
+from benchmarks.measure import PASSES, Call, Case, batches, call_of, device, dtypes, floor, lazily, on_gpu
 from rskernels.ops.lora import lora_qkv_reference
 
 SCALE = 0.5
@@ -43,7 +44,7 @@ def _build(shape: tuple[int, int, int, int], dtype: torch.dtype, which: str) -> 
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int, gain: float = 1.0) -> Tensor:
-        return (torch.randn(*size, generator=generator) * gain).to(dtype)
+        return (torch.randn(*size, generator=generator) * gain).to(device(), dtype)
 
     x = random(batch, tokens, dim).requires_grad_()
     weight, bias = random(3 * dim, dim, gain=dim**-0.5), random(3 * dim)
@@ -59,16 +60,37 @@ def _build(shape: tuple[int, int, int, int], dtype: torch.dtype, which: str) -> 
         "compiled": torch.compile(_eager),
     }
     calls = {name: call_of(which, form, [x, weight, bias, *factors], grad) for name, form in forms.items()}
+    if on_gpu():
+        calls["PEFT, q, k, v apart"] = lazily(
+            partial(_through_peft, which, [x, weight, bias, *factors], grad)
+        )
     plain = call_of(which, rskernels.linear, [x, weight, bias], grad)
-    expected: list[Tensor | tuple[Tensor, ...]] = []
+    return calls | {"without LoRA": floor(plain, calls["eager"])}
 
-    def floor() -> Tensor | tuple[Tensor, ...]:
-        if not expected:
-            expected.append(calls["eager"]())
-        plain()
-        return expected[0]
 
-    return calls | {"without LoRA": floor}
+def _through_peft(which: str, tensors: list[Tensor], grad: Tensor) -> Call:
+    """peft's layers on the same numbers; the gradients are those of its own parameters."""
+    import peft
+
+    x, weight, bias, a_q, b_q, a_v, b_v = tensors
+    dim, rank = weight.shape[1], a_q.shape[0]
+    options = {"device": weight.device, "dtype": weight.dtype}
+    layers = nn.ModuleDict({name: nn.Linear(dim, dim, **options) for name in "qkv"})
+    for layer, rows, shift in zip(layers.values(), weight.chunk(3), bias.chunk(3), strict=True):
+        layer.weight, layer.bias = nn.Parameter(rows), nn.Parameter(shift)
+    config = peft.LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["q", "v"], lora_dropout=0.0)
+    peft.inject_adapter_in_model(config, layers)
+    layers.requires_grad_(False)
+    factors = []
+    for name, a, b in (("q", a_q, b_q), ("v", a_v, b_v)):
+        for part, factor in ((layers[name].lora_A, a), (layers[name].lora_B, b)):
+            part["default"].weight = nn.Parameter(factor.detach())
+            factors.append(part["default"].weight)
+
+    def form(x: Tensor, *_: Tensor) -> Tensor:
+        return torch.cat([layer(x) for layer in layers.values()], dim=-1)
+
+    return call_of(which, form, [x, *factors], grad)
 
 
 def _flops(shape: tuple[int, int, int, int], which: str) -> float:
@@ -81,6 +103,7 @@ def _flops(shape: tuple[int, int, int, int], which: str) -> float:
 
 
 def cases() -> list[Case]:
+    shapes = [(batches() * batch, *sizes) for batch, *sizes in SHAPES]
     return [
         Case(
             name=f"{which}, {f'{batch}x' if batch > 1 else ''}{tokens}x{dim} -> {3 * dim}, rank {rank}, "
@@ -91,6 +114,6 @@ def cases() -> list[Case]:
             beside=("without LoRA",),
         )
         for which in PASSES
-        for batch, tokens, dim, rank in SHAPES
-        for dtype in (torch.float32, torch.bfloat16)
+        for batch, tokens, dim, rank in shapes
+        for dtype in dtypes()
     ]

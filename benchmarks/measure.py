@@ -2,6 +2,9 @@
 
 A shared machine drifts by tens of per cent within minutes, so absolute times of two runs say little.
 Candidates therefore take turns (A B C, A B C, ...) and what is published is the ratio of their medians.
+
+Everything is measured on the CPU, or `on` a GPU: the suites make their tensors on `device()`, the clock and
+the memory are that device's.
 """
 
 from __future__ import annotations
@@ -12,26 +15,75 @@ import importlib.metadata
 import math
 import os
 import platform
+import re
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import rskernels
-from rskernels import tuning
+from rskernels import dispatch, tuning
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 
 # What is compared with, where installed; its versions are part of a result.
 PEERS = ("timm", "openvino", "zentorch", "liger-kernel", "xformers", "mmcv", "natten")
+GPU_PEERS = ("triton", "timm", "liger-kernel", "xformers", "peft")
 
 Call = Callable[[], Tensor | tuple[Tensor, ...]]
 
 PASSES = ("forward", "backward", "both")
+
+_device = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """Where the suites make their tensors, and whose time and memory are taken."""
+    return _device
+
+
+def on_gpu() -> bool:
+    return _device.type == "cuda"
+
+
+@contextmanager
+def on(where: str | torch.device) -> Iterator[None]:
+    """Measure on device `where` meanwhile. On a GPU, kernels that "auto" leaves alone until a device passed
+    serve like all others: they are what is asked about; and cuDNN may try its algorithms."""
+    global _device
+    before, on_request, algorithms = _device, dict(dispatch.ON_REQUEST), torch.backends.cudnn.benchmark
+    _device = torch.device(where)
+    if on_gpu():
+        dispatch.ON_REQUEST.clear()
+        torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        _device, torch.backends.cudnn.benchmark = before, algorithms
+        dispatch.ON_REQUEST.update(on_request)
+
+
+def dtypes() -> tuple[torch.dtype, ...]:
+    """Those that the operators' suites measure on `device()`."""
+    return (torch.float32, torch.bfloat16, torch.float16) if on_gpu() else (torch.float32, torch.bfloat16)
+
+
+def batches() -> int:
+    """How many of a suite's batches, which fill a CPU, a case has: a GPU has more to fill."""
+    return 8 if on_gpu() else 1
+
+
+def sized(name: str) -> str:
+    """A case's name, which says so where it has several batches."""
+    return name if batches() == 1 else f"{name}, {batches()} batches"
 
 
 def call_of(which: str, form: Callable[..., Tensor | tuple[Tensor, ...]], inputs: Sequence[Tensor],
@@ -81,6 +133,10 @@ class Case:
     beside: tuple[str, ...] = ()
     # Relative error against the reference above which a candidate is not reported, and without ours no case.
     tolerance: float = field(default=0.0)
+    # Of one call: images per second are published.
+    images: int = 0
+    # Whose products `arithmetic` counts on a GPU, where `flops` is 0.
+    counted: str = ""
 
     def allowed_error(self) -> float:
         return self.tolerance or (2e-5 if self.dtype == torch.float32 else 3e-2)
@@ -101,6 +157,26 @@ def lazily(make: Callable[[], Call]) -> Call:
         return made[0]()
 
     return call
+
+
+def floor(less: Call, whole: Call) -> Call:
+    """A candidate that does `less` than the case asks for and hands on what `whole` gave: for `beside`."""
+    given: list[Tensor | tuple[Tensor, ...]] = []
+
+    def call() -> Tensor | tuple[Tensor, ...]:
+        if not given:
+            given.append(whole())
+        less()
+        return given[0]
+
+    return call
+
+
+def arithmetic(call: Call) -> float:
+    """FLOP of the matrix products, convolutions and attentions of a call on the reference backend."""
+    with rskernels.backend("reference"), FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
 
 
 def first_calls(case: Case, calls: Mapping[str, Call]) -> tuple[dict[str, float], dict[str, str]]:
@@ -146,17 +222,45 @@ def seconds(
     done, started = 0, time.perf_counter()
     while True:
         for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - begin)
+            taken[name].append(_time(call))
         done, elapsed = done + 1, time.perf_counter() - started
         if done >= 3 and (elapsed > budget or (done >= rounds and elapsed > 0.5)):
             return {name: statistics.median(values) for name, values in taken.items()}
 
 
+def _time(call: Call) -> float:
+    """Seconds of one call. A GPU's are its own, between two events, behind a fill of more memory than its
+    caches hold: they are cold, and launches queue up meanwhile: the host counts where it cannot keep up."""
+    if not on_gpu():
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    _larger_than_caches(_device).zero_()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+@cache
+def _larger_than_caches(where: torch.device) -> Tensor:
+    return torch.empty(2**29, dtype=torch.uint8, device=where)
+
+
 def peak_bytes(call: Call) -> int | None:
-    """Bytes by which a call, warmed up, raises this process's peak memory; None outside Linux. What a library
-    keeps between calls (weights, packed or compiled ones, scratch memory) is not in it."""
+    """Bytes by which a call, warmed up, raises this process's peak memory, on a GPU its allocator's; None
+    outside Linux. What a library keeps between calls (weights, packed or compiled ones, scratch memory) is
+    not in it."""
+    if on_gpu():
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - allocated
     if not CLEAR_REFS.exists():
         return None
     gc.collect()
@@ -175,7 +279,12 @@ def _resident_peak() -> int:
 
 
 def matrix_peak(dtype: torch.dtype) -> float:
-    """FLOP/s of a well-fed convolution: what this machine's matrix units reach in practice."""
+    """FLOP/s of a well-fed convolution, on a GPU of a product (float32 as torch.set_float32_matmul_precision
+    says): what the matrix units reach in practice."""
+    if on_gpu():
+        n = 8192
+        a, b = (torch.randn(n, n, device=_device, dtype=dtype) for _ in range(2))
+        return 2 * n**3 / _best_seconds(lambda: a @ b)
     x = torch.randn(8, 256, 64, 64, dtype=dtype).to(memory_format=torch.channels_last)
     w = torch.randn(256, 256, 3, 3, dtype=dtype).to(memory_format=torch.channels_last)
 
@@ -188,23 +297,30 @@ def matrix_peak(dtype: torch.dtype) -> float:
 
 def copy_bandwidth() -> float:
     """Bytes/s of a copy that no cache holds (read and write counted)."""
-    source = torch.randn(64 * 2**20)
+    source = torch.randn(64 * 2**20 * (8 if on_gpu() else 1), device=_device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source))
 
 
 def _best_seconds(call: Call, rounds: int = 12) -> float:
     """The fastest of some calls: a limit of the machine is what it reaches undisturbed, not its median."""
-    taken = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - begin)
-    return min(taken)
+    call()
+    return min(_time(call) for _ in range(rounds))
+
+
+def name_of_machine() -> str:
+    """What its results are called: "cpu", or the chip's name ("h200" of "NVIDIA H200")."""
+    if not on_gpu():
+        return "cpu"
+    name = torch.cuda.get_device_name(_device)
+    found = re.search(r"\b[A-Z]{0,3}\d{2,4}[A-Za-z]*\b", name)
+    return (found.group() if found else name.replace(" ", "-")).lower()
 
 
 def machine() -> dict[str, object]:
     """What a figure is worth nothing without."""
+    if on_gpu():
+        return _gpu_machine()
     return {
         "processor": _processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -219,6 +335,40 @@ def machine() -> dict[str, object]:
         "system": platform.system(),
         "peers": {name: version for name in PEERS if (version := _version(name))},
     }
+
+
+def _gpu_machine() -> dict[str, object]:
+    """The GPU's part of `machine`: "processor" is the chip, "threads" the host's."""
+    properties = torch.cuda.get_device_properties(_device)
+    some = torch.empty(0, device=_device, dtype=torch.bfloat16)
+    return {
+        "processor": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "rskernels": {
+            "backend": rskernels.get_backend(),
+            "served_by": {op: dispatch.choose(op, some) for op in dispatch.TABLE},
+            "float32_products": torch.get_float32_matmul_precision(),
+        },
+        "host": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "peers": {name: version for name in GPU_PEERS if (version := _version(name))},
+    }
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip().partition("\n")[0]
 
 
 def _processor() -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import rskernels
 import rsmodels
-from benchmarks.measure import Call, Case, lazily
+from benchmarks.measure import Call, Case, batches, device, lazily, on_gpu
 from rsmodels.encoders.sam_vit import sam_vit_b
 
 
@@ -76,34 +76,57 @@ def _timm_encoder(size: int) -> nn.Module:
     return timm.create_model("samvit_base_patch16", img_size=size, num_classes=0).eval()
 
 
-def _build_encoder(size: int, dtype: torch.dtype) -> dict[str, Call]:
+def _build_encoder(size: int, batch: int, dtype: torch.dtype) -> dict[str, Call]:
     theirs = _timm_encoder(size)
     ours = sam_vit_b(image_size=size)
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "encoder.pth")
         torch.save(theirs.state_dict(), path)
         ours.load_pretrained(path)
-    ours = ours.eval().to(dtype)
-    images = torch.randn(1, 3, size, size).to(dtype)
-    module = _Features(theirs).to(dtype)
-    return {
+    ours = ours.eval().to(device(), dtype)
+    images = torch.randn(batch, 3, size, size).to(device(), dtype)
+    module = _Features(theirs).to(device(), dtype)
+    calls = {
         "rskernels": partial(_infer, ours, images),
         "timm eager": partial(_infer, module, images),
         "torch.compile": lazily(partial(_compiled, module, images)),
+    }
+    if on_gpu():
+        return calls
+    return calls | {
         # A module of its own: conversion wants float32.
         "OpenVINO": lazily(lambda: _through_openvino(_Features(_timm_encoder(size)), images)),
         "zentorch": lazily(partial(_through_zentorch, module, images)),
     }
 
 
-def _build_training_step(size: int, batch: int, dtype: torch.dtype) -> dict[str, Call]:
+def build_prediction(name: str, size: int, batch: int, dtype: torch.dtype) -> dict[str, Call]:
+    """The logits of a model of the registry, on our kernels and on plain PyTorch."""
     torch.manual_seed(0)
-    model = rsmodels.create_model("rs_sam_vit_b", num_classes=6, image_size=size).train()
-    data = {"image": torch.randn(batch, 3, size, size), "mask": torch.randint(6, (batch, size, size))}
+    model = rsmodels.create_model(name, num_classes=6, image_size=size).eval().to(device(), dtype)
+    images = torch.randn(batch, 3, size, size).to(device(), dtype)
+
+    def predict(backend: str) -> Tensor:
+        with rskernels.backend(backend):
+            return _infer(model, images)
+
+    return {
+        "rskernels": partial(predict, "auto"),
+        "reference backend": partial(predict, "reference"),
+        "torch.compile": lazily(partial(_compiled, model, images)),
+    }
+
+
+def build_training_step(name: str, size: int, batch: int, dtype: torch.dtype) -> dict[str, Call]:
+    """The gradients of a model's losses under autocast, on our kernels and on plain PyTorch."""
+    torch.manual_seed(0)
+    model = rsmodels.create_model(name, num_classes=6, image_size=size).train().to(device())
+    images, mask = torch.randn(batch, 3, size, size), torch.randint(6, (batch, size, size))
+    data = {"image": images.to(device()), "mask": mask.to(device())}
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def step(backend: str) -> Tensor:
-        with rskernels.backend(backend), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with rskernels.backend(backend), torch.autocast(device().type, dtype, enabled=dtype != torch.float32):
             loss = torch.stack(list(model.losses(data).values())).sum()
             gradients = torch.autograd.grad(loss, parameters)
         return torch.cat([gradient.flatten() for gradient in gradients])
@@ -128,10 +151,11 @@ def cases() -> list[Case]:
     dtypes = (torch.float32, torch.bfloat16)
     encoders = [
         Case(
-            name=f"forward, SAM ViT-B encoder, 1024 pixels, batch 1, {str(dtype)[6:]}",
-            build=partial(_build_encoder, 1024, dtype),
+            name=f"forward, SAM ViT-B encoder, 1024 pixels, batch {batches()}, {str(dtype)[6:]}",
+            build=partial(_build_encoder, 1024, batches(), dtype),
             dtype=dtype,
-            flops=_encoder_flops(1024),
+            flops=batches() * _encoder_flops(1024),
+            images=batches(),
             reference="timm eager",
             # Twelve layers of bf16 rounding, in another order.
             tolerance=1e-4 if dtype == torch.float32 else 8e-2,
@@ -140,12 +164,28 @@ def cases() -> list[Case]:
     ]
     steps = [
         Case(
-            name=f"both, RS-SAM ViT-B training step, 512 pixels, batch 2, {str(dtype)[6:]}",
-            build=partial(_build_training_step, 512, 2, dtype),
+            name=f"both, RS-SAM ViT-B training step, 512 pixels, batch {2 * batches()}, {str(dtype)[6:]}",
+            build=partial(build_training_step, "rs_sam_vit_b", 512, 2 * batches(), dtype),
             dtype=dtype,
             reference="reference backend",
+            images=2 * batches(),
+            counted="reference backend",
             tolerance=1e-3 if dtype == torch.float32 else 2e-1,
         )
         for dtype in dtypes
     ]
-    return encoders + steps
+    if not on_gpu():
+        return encoders + steps
+    predictions = [
+        Case(
+            name=f"forward, RS-SAM ViT-B, 1024 pixels, batch {batches()}, {str(dtype)[6:]}",
+            build=partial(build_prediction, "rs_sam_vit_b", 1024, batches(), dtype),
+            dtype=dtype,
+            reference="reference backend",
+            images=batches(),
+            counted="reference backend",
+            tolerance=1e-3 if dtype == torch.float32 else 2e-1,
+        )
+        for dtype in dtypes
+    ]
+    return encoders + predictions + steps

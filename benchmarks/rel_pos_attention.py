@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import rskernels
-from benchmarks.measure import PASSES, Call, Case, call_of
+from benchmarks import attention_peers
+from benchmarks.measure import PASSES, Call, Case, batches, call_of, device, dtypes, floor, on_gpu
 
 WINDOW = 14  # 0 is global
 
 
 def _tables(rel_pos: Tensor, size: int) -> Tensor:
     """(2·size − 1, d) -> (size, size, d): row i, column k is R[i − k + size − 1]."""
-    index = torch.arange(size)
+    index = torch.arange(size, device=rel_pos.device)
     return rel_pos[index[:, None] - index[None, :] + size - 1]
 
 
@@ -33,10 +34,18 @@ def _attend_eager(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor,
     return scores.softmax(-1) @ v
 
 
-def _attend_sdpa(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float) -> Tensor:
+def _attend_biased(
+    attend: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    scale: float,
+) -> Tensor:
     # einsum leaves the tables strided, which costs SDPA another half: the peer gets contiguous ones.
     bias = (rel_h.contiguous()[..., :, None] + rel_w.contiguous()[..., None, :]).flatten(-2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    return attend(q, k, v, attn_mask=bias, scale=scale)
 
 
 def _composed(attend: Callable[..., Tensor], qkv: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, *,
@@ -136,25 +145,29 @@ def _build(shape: Shape, dtype: torch.dtype, which: str) -> dict[str, Call]:
 
     def random(*size: int, gain: float = 1.0) -> Tensor:
         tensor = torch.randn(*size, generator=generator) * gain
-        return tensor.to(dtype).requires_grad_(which != "forward")
+        return tensor.to(device(), dtype).requires_grad_(which != "forward")
 
     inputs = [random(B, H, W, 3 * D)]
-    grad = torch.randn(B, H, W, D, generator=generator).to(dtype)
+    grad = torch.randn(B, H, W, D, generator=generator).to(device(), dtype)
     forms: dict[str, Callable[..., Tensor]]
+
+    def plain(attend: Callable[..., Tensor], qkv: Tensor, *_: Tensor) -> Tensor:
+        q, k, v = qkv.reshape(B, H * W, 3, shape.heads, -1).permute(2, 0, 3, 1, 4)
+        return attend(q, k, v).transpose(1, 2).reshape(B, H, W, D)
+
     if not shape.tables:
 
         def ours(qkv: Tensor) -> Tensor:
             return rskernels.rel_pos_attention(qkv, None, None, num_heads=shape.heads)
-
-        def plain(attend: Callable[..., Tensor], qkv: Tensor) -> Tensor:
-            q, k, v = qkv.reshape(B, H * W, 3, shape.heads, -1).permute(2, 0, 3, 1, 4)
-            return attend(q, k, v).transpose(1, 2).reshape(B, H, W, D)
 
         forms = {
             "rskernels": ours,
             "eager": partial(plain, lambda q, k, v: (q * shape.d**-0.5 @ k.mT).softmax(-1) @ v),
             "sdpa": partial(plain, F.scaled_dot_product_attention),
         }
+        if on_gpu():
+            others = attention_peers.sdpa(biased=False) | {"xformers": attention_peers.xformers}
+            forms |= {name: partial(plain, attend) for name, attend in others.items()}
     else:
         inputs += [random(2 * side - 1, shape.d, gain=0.1) for side in (rows, columns)]
         inputs.append(random(3 * D, gain=0.1))
@@ -172,12 +185,25 @@ def _build(shape: Shape, dtype: torch.dtype, which: str) -> dict[str, Call]:
         forms = {
             "rskernels": fused,
             "eager": partial(composed, _attend_eager),
-            "sdpa + bias": partial(composed, _attend_sdpa),
+            "sdpa + bias": partial(composed, partial(_attend_biased, F.scaled_dot_product_attention)),
         }
         # It has no CPU backward, and refuses windows (lengths that are no multiple of its blocks).
-        if which == "forward" and shape.window == 0 and not flex_problem():
+        if on_gpu():
+            others = attention_peers.sdpa(biased=True) | {"xformers": attention_peers.xformers}
+            forms |= {
+                f"{name} + bias": partial(composed, partial(_attend_biased, attend))
+                for name, attend in others.items()
+            }
+            forms["eager, compiled"] = torch.compile(partial(composed, _attend_eager), dynamic=False)
+        if on_gpu() or (which == "forward" and shape.window == 0 and not flex_problem()):
             forms["flex, compiled"] = partial(composed, _flex())
-    return {name: call_of(which, form, inputs, grad) for name, form in forms.items()}
+    calls = {name: call_of(which, form, inputs, grad) for name, form in forms.items()}
+    if on_gpu() and shape.tables and shape.window == 0:
+        for name, attend in attention_peers.sdpa(biased=False).items():
+            if f"{name}, no bias" in FLOORS:
+                less = call_of(which, partial(plain, attend), inputs[:1], grad)
+                calls[f"{name}, no bias"] = floor(less, calls["eager"])
+    return calls
 
 
 SHAPES = (
@@ -189,19 +215,23 @@ SHAPES = (
     # DINOv2: 518 pixels and a class token
     Shape(1, 1370, 1, tables=False),
 )
+# They leave the tables out.
+FLOORS = ("sdpa, flash, no bias", "sdpa, efficient, no bias", "sdpa, cuDNN, no bias")
 # Products of the size of QKᵀ: two forward; backward recomputes one and makes four.
 PRODUCTS = {"forward": 2, "backward": 5, "both": 7}
 
 
 def cases() -> list[Case]:
+    shapes = [replace(shape, batch=batches() * shape.batch) for shape in SHAPES]
     return [
         Case(
             name=f"{which}, {shape}, {str(dtype)[6:]}",
             build=partial(_build, shape, dtype, which),
             dtype=dtype,
             flops=2 * PRODUCTS[which] * shape.pairs() * shape.heads * shape.d,
+            beside=FLOORS if on_gpu() else (),
         )
         for which in PASSES
-        for shape in SHAPES
-        for dtype in (torch.float32, torch.bfloat16)
+        for shape in shapes
+        for dtype in dtypes()
     ]

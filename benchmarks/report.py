@@ -1,10 +1,10 @@
-"""`python -m benchmarks.report [SUITE ...]`: the figures of README and docs, one table per operator.
+"""`python -m benchmarks.report [SUITE ...] [--device cuda]`: the figures of README and docs.
 
-Per case: median time of ours, ratio to the best peer and to each (their median / ours, interleaved rounds of
-one process), share of the roofline, peak memory of one call. The roofline is the larger of the case's
-arithmetic at the matrix peak and its least memory traffic at the copy bandwidth, both measured in the same
-process, before and after each suite. A peer that is missing, fails or gives another answer than the reference
-is named with the reason, without times; a case where that is ours is not reported.
+One table per operator. Per case: median time of ours, ratio to the best peer and to each (their median /
+ours, interleaved rounds of one process), share of the roofline, peak memory of one call. The roofline is the
+larger of the case's arithmetic at the matrix peak and its least memory traffic at the copy bandwidth, both
+measured in the same process, before and after each suite. A peer that is missing, fails or gives another
+answer than the reference is named with the reason, without times; a case where that is ours is not reported.
 
 Everything goes to `benchmarks/results/NAME.json` with machine, versions and date, and into charts beside it,
 after every suite: Ctrl-C keeps what is done. Progress is on stderr.
@@ -17,19 +17,39 @@ import datetime
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from benchmarks import SUITES
-from benchmarks.charts import overview_chart, suite_chart
-from benchmarks.measure import Case, copy_bandwidth, first_calls, machine, matrix_peak, peak_bytes, seconds
+from benchmarks.measure import (
+    Case,
+    arithmetic,
+    copy_bandwidth,
+    dtypes,
+    first_calls,
+    machine,
+    matrix_peak,
+    name_of_machine,
+    on,
+    on_gpu,
+    peak_bytes,
+    seconds,
+)
 from rsmodels.files import read_json, write_json
+
+try:
+    from benchmarks import charts
+except ModuleNotFoundError as error:  # figures without pictures
+    if (error.name or "").partition(".")[0] != "matplotlib":
+        raise
+    charts = None  # type: ignore[assignment]
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def run_case(case: Case, memory: bool = True) -> dict[str, object]:
+def run_case(case: Case, memory: bool = True, budget: float = 2.0) -> dict[str, object]:
     """Everything that is published about one case but its share of the roofline."""
     torch.compiler.reset()  # else the shapes of earlier cases make a compiled peer a dynamic one
     row: dict[str, object] = {"case": case.name}
@@ -43,11 +63,15 @@ def run_case(case: Case, memory: bool = True) -> dict[str, object]:
         if name in missing:
             return row | {"not_reported": f"{name}: {missing[name]}"}
     calls = {name: calls[name] for name in calls if name not in missing}
-    times = seconds(calls, warm=True)
+    times = seconds(calls, warm=True, budget=budget)
     ours = times[case.ours]
     ratios = {name: value / ours for name, value in times.items() if name != case.ours}
     row |= {"milliseconds": {name: 1e3 * value for name, value in times.items()}, "ratio": ratios}
     peers = [name for name in ratios if name not in case.beside]
+    if case.images:
+        row["images_per_second"] = {name: case.images / value for name, value in times.items()}
+    if on_gpu() and case.counted in calls:
+        row["counted_flops"] = arithmetic(calls[case.counted])
     row |= {"ours": case.ours} | ({"best_peer": min(peers, key=ratios.__getitem__)} if peers else {})
     if memory:
         taken = {name: peak_bytes(call) for name, call in calls.items()}
@@ -56,16 +80,13 @@ def run_case(case: Case, memory: bool = True) -> dict[str, object]:
 
 
 def limits() -> dict[str, float]:
-    """What this machine reaches now: FLOP/s of both dtypes, bytes/s."""
-    return {
-        "float32": matrix_peak(torch.float32),
-        "bfloat16": matrix_peak(torch.bfloat16),
-        "copy": copy_bandwidth(),
-    }
+    """What this machine reaches now: FLOP/s of each dtype, bytes/s."""
+    return {str(dtype)[6:]: matrix_peak(dtype) for dtype in dtypes()} | {"copy": copy_bandwidth()}
 
 
 def roofline(case: Case, row: Mapping, reached: Mapping[str, float]) -> dict[str, object]:
     """The share of the roofline that ours takes in a row of `run_case`; nothing where there is none."""
+    case = replace(case, flops=case.flops or row.get("counted_flops", 0.0))
     if "not_reported" in row or not (case.flops or case.bytes):
         return {}
     peak, bandwidth = reached[str(case.dtype)[6:]], reached["copy"]
@@ -94,7 +115,7 @@ def run_suite(suite: str, match: str, memory: bool) -> dict[str, object]:
     rows = [row | roofline(case, row, reached) for case, row in zip(chosen, rows, strict=True)]
     return {
         "date": datetime.date.today().isoformat(),
-        "matrix_peak_gflops": {name: reached[name] / 1e9 for name in ("float32", "bfloat16")},
+        "matrix_peak_gflops": {name: reached[name] / 1e9 for name in reached if name != "copy"},
         "copy_gbytes_per_second": reached["copy"] / 1e9,
         "cases": rows,
     }
@@ -138,7 +159,10 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("suite", nargs="*", help=f"which suites to run: {', '.join(SUITES)} (default: all)")
-    parser.add_argument("--name", default="cpu", help="results/NAME.json, NAME.png and NAME-SUITE.png")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)")
+    parser.add_argument(
+        "--name", help="results/NAME.json, NAME.png and NAME-SUITE.png (default: cpu, or the GPU's, as h200)"
+    )
     parser.add_argument(
         "--match", default="", help="only cases whose name contains this text (prints, writes nothing)"
     )
@@ -147,13 +171,19 @@ def main(argv: list[str] | None = None) -> int:
     unknown = sorted(set(options.suite) - set(SUITES))
     if unknown:
         parser.error(f"unknown suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no CUDA device")
+    with on(options.device):
+        return _report(parser, options)
 
+
+def _report(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     chosen = options.suite or list(SUITES)
     if not any(options.match in case.name for suite in chosen for case in SUITES[suite].cases()):
         parser.error(f"--match {options.match!r}: no case of {', '.join(chosen)} has it in its name")
 
     started = time.perf_counter()
-    path = RESULTS / f"{options.name}.json"
+    path = RESULTS / f"{options.name or name_of_machine()}.json"
     results: dict = {"machine": machine(), "suites": {}}
     # Suites that are not run again keep their figures, if machine and versions are the same.
     if path.exists() and not options.match:
@@ -169,13 +199,15 @@ def main(argv: list[str] | None = None) -> int:
             if not options.match:  # after every suite: what took minutes survives a later crash
                 results["suites"][suite] = figures
                 write_json(path, results)
-                suite_chart(results, suite, path.with_name(f"{options.name}-{suite}.png"))
-                overview_chart(results, path.with_suffix(".png"))
+                if charts is not None:
+                    charts.suite_chart(results, suite, path.with_name(f"{path.stem}-{suite}.png"))
+                    charts.overview_chart(results, path.with_suffix(".png"))
     except KeyboardInterrupt:
         print("\ninterrupted: the suites that were finished are kept", file=sys.stderr)
         return 130
     if not options.match:
-        print(f"written: {path} and charts beside it", file=sys.stderr)
+        pictures = "charts beside it" if charts is not None else "no charts: matplotlib is not installed"
+        print(f"written: {path} and {pictures}", file=sys.stderr)
     print(f"{time.perf_counter() - started:.0f} s in all", file=sys.stderr)
     return 0
 

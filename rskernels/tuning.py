@@ -7,7 +7,8 @@ bits: so the choice is a table, read once when rskernels is imported, part of a 
 
 Without a measurement a rule holds (`default_table`). `python -m rskernels tune` measures the
 shape classes on this machine and stores its table under ~/.cache/rskernels; RSKERNELS_TUNING=FILE reads and
-writes another file, RSKERNELS_TUNING=off ignores all of them.
+writes another file, RSKERNELS_TUNING=off ignores all of them. Beside it lie the configurations of the Triton
+kernels that the same command measured on a GPU (`triton_path`, rskernels.triton.launch).
 """
 
 import json
@@ -79,6 +80,12 @@ def path() -> Path | None:
         return Path(chosen).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser() / "rskernels" / "tuning.json"
+
+
+def triton_path(capability: int) -> Path | None:
+    """The file beside it with the Triton configurations tuned on GPUs of `capability` (90 for 9.0)."""
+    file = path()
+    return None if file is None else file.with_name(f"{file.stem}.sm{capability}.json")
 
 
 def load() -> None:

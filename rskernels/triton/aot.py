@@ -1,6 +1,6 @@
 """Kernels compiled ahead of time, for chips that are not there: registers, shared memory and spills of each.
 
-    python -m rskernels.triton.aot [--chips 80 90 100] [--operators NAME ...] [--output FILE]
+    python -m rskernels.triton.aot [--chips 80 90 100] [--operators NAME ...] [--examples N] [--output FILE]
 
 Every module of OPERATORS has `examples()`: calls of its launchers with the shapes of the library's models.
 Their launches are noted, with the configurations that each chip ships, and compiled as a first call there
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -61,12 +62,12 @@ class Compiled:
         return self.spills == 0 and self.shared <= SHARED_LIMIT[self.chip]
 
 
-def compile_operator(operator: str, chip: int) -> Iterator[Compiled]:
-    """Compile every launch of the examples of `operator` once."""
+def compile_operator(operator: str, chip: int, most: int | None = None) -> Iterator[Compiled]:
+    """Compile every launch of the examples of `operator` once; of the first `most` examples, unless None."""
     module = importlib.import_module(f"rskernels.triton.{operator}")
     examples: Iterable[tuple[str, Callable[[], Any]]] = module.examples()
     seen = set()
-    for name, call in examples:
+    for name, call in itertools.islice(examples, most):
         with noting(chip) as launches:
             call()
         for launch in launches:
@@ -144,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--chips", type=int, nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
+    parser.add_argument("--examples", type=int, metavar="N", help="only the first N of each operator")
     parser.add_argument("--output", type=Path, help="JSON file for the table")
     options = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
@@ -154,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for operator in options.operators:
         for chip in options.chips:
-            for row in compile_operator(operator, chip):
+            for row in compile_operator(operator, chip, options.examples):
                 rows.append(row)
                 verdict = "" if row.fits else "  TOO LARGE"
                 print(

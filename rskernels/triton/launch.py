@@ -1,7 +1,8 @@
 """How every kernel is launched, and what it is launched with.
 
 `launch` is the one place that knows devices, and that can note launches down instead of doing them: the
-ahead-of-time compiler needs no list of signatures of its own. `config` gives the tuned constants of a kernel.
+ahead-of-time compiler and the tuner need no list of signatures of their own. `config` gives the tuned
+constants of a kernel: this machine's where `python -m rskernels tune` measured them, else the package's.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from rskernels import __version__, tuning
 
 CONFIGS = Path(__file__).parent / "configs"
 CHIPS = (80, 90, 100)  # compute capabilities that have a file of configurations
@@ -33,8 +37,12 @@ class Launch:
     constants: Mapping[str, Any]
 
 
+Configs = dict[str, dict[str, dict[str, int]]]  # kernel -> shape class -> constants
+
 _noted: list[Launch] | None = None
 _chip: int | None = None
+_tried: Mapping[tuple[str, str], Mapping[str, int]] = {}
+_asked: set[tuple[str, str]] | None = None
 
 
 @contextmanager
@@ -46,6 +54,17 @@ def noting(chip: int) -> Iterator[list[Launch]]:
         yield _noted
     finally:
         _noted = _chip = None
+
+
+@contextmanager
+def trying(choices: Mapping[tuple[str, str], Mapping[str, int]]) -> Iterator[set[tuple[str, str]]]:
+    """`config` gives `choices` meanwhile where it has a (kernel, shape class); yields what was asked for."""
+    global _tried, _asked
+    _tried, _asked = choices, set()
+    try:
+        yield _asked
+    finally:
+        _tried, _asked = {}, None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -70,19 +89,33 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 def config(kernel: str, shape_class: str, device: torch.device) -> dict[str, int]:
     """The tuned constants of `kernel` ("operator.kernel") for `shape_class`, on the chip of `device`.
 
-    A chip without a file takes the nearest one's; a class that the file does not have takes its "default".
+    What was tuned on this machine comes first. A chip without a file takes the nearest one's; a class that
+    the file does not have takes its "default".
     """
-    rows = _configs(_chip_of(device))[kernel]
+    if _asked is not None:
+        _asked.add((kernel, shape_class))
+    if (kernel, shape_class) in _tried:
+        return dict(_tried[kernel, shape_class])
+    if _chip is not None:
+        return _shipped(_chip, kernel, shape_class)
+    capability = capability_of(device)
+    tuned = _tuned(capability).get(kernel, {}) if device.type == "cuda" else {}
+    if shape_class in tuned:
+        return dict(tuned[shape_class])
+    return _shipped(nearest_chip(capability), kernel, shape_class)
+
+
+def _shipped(chip: int, kernel: str, shape_class: str) -> dict[str, int]:
+    rows = shipped(chip)[kernel]
     return dict(rows.get(shape_class, rows["default"]))
 
 
-def _chip_of(device: torch.device) -> int:
-    if _chip is not None:
-        return _chip
+def capability_of(device: torch.device) -> int:
+    """Compute capability of `device` (80 for 8.0); the interpreter's, where there is no GPU."""
     if device.type != "cuda":
         return TESTED_ON
     major, minor = torch.cuda.get_device_capability(device)
-    return nearest_chip(10 * major + minor)
+    return 10 * major + minor
 
 
 def nearest_chip(capability: int) -> int:
@@ -91,11 +124,64 @@ def nearest_chip(capability: int) -> int:
 
 
 @functools.cache
-def _configs(chip: int) -> dict[str, dict[str, dict[str, int]]]:
-    rows: dict[str, dict[str, dict[str, int]]] = {}
+def shipped(chip: int) -> Configs:
+    """The configurations that the package has for `chip`."""
+    rows: Configs = {}
     for file in sorted(CONFIGS.glob(f"*.sm{chip}.json")):
         rows |= json.loads(file.read_text())
     return rows
+
+
+@functools.cache
+def _tuned(capability: int) -> Configs:
+    """What was tuned on this machine; nothing where there is no file, or, with one warning, a bad one."""
+    try:
+        file = tuning.triton_path(capability)
+        if file is None or not file.exists():
+            return {}
+    except (OSError, RuntimeError):  # containers: a home of another user's, or none
+        return {}
+    try:
+        return checked(json.loads(file.read_text()), capability)
+    except (OSError, ValueError) as error:  # json.JSONDecodeError is a ValueError
+        warnings.warn(
+            f"rskernels: ignoring the tuned configurations in {file}: {error}; delete it or run "
+            "`python -m rskernels tune`",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return {}
+
+
+def forget_tuned() -> None:
+    """Read the tuned configurations anew at the next launch."""
+    _tuned.cache_clear()
+
+
+def checked(saved: Any, capability: int) -> Configs:
+    """The configurations of a file that the tuner wrote; ValueError where it is not one of this version for
+    `capability`, or has another kernel or constants than the package."""
+    expected = {"version": __version__, "capability": capability}
+    if not isinstance(saved, Mapping):
+        raise ValueError("not a table of configurations")
+    for name, value in expected.items():
+        if saved.get(name) != value:
+            raise ValueError(f"its {name} is {saved.get(name)!r}, expected {value!r}")
+    rows, known = saved.get("configs"), shipped(nearest_chip(capability))
+    if not isinstance(rows, Mapping):
+        raise ValueError("it has no 'configs'")
+    for kernel, classes in rows.items():
+        if kernel not in known:
+            raise ValueError(f"there is no kernel {kernel!r}")
+        names = set(known[kernel]["default"])
+        for shape_class, constants in classes.items() if isinstance(classes, Mapping) else [("?", None)]:
+            where = f"{kernel}, {shape_class}"
+            if not isinstance(constants, Mapping) or set(constants) != names:
+                raise ValueError(f"{where}: expected the constants {', '.join(sorted(names))}")
+            for name, value in constants.items():
+                if type(value) is not int or value < 0:
+                    raise ValueError(f"{where}: {name} is {value!r}, expected an integer from 0 on")
+    return {kernel: {name: dict(row) for name, row in classes.items()} for kernel, classes in rows.items()}
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -1,0 +1,335 @@
+"""Which configuration of a Triton kernel is fastest on this GPU: measured on request, kept as data.
+
+    python -m rskernels tune
+
+Every operator's `examples()` are noted down (rskernels.triton.launch) and replayed on the device with numbers
+in their tensors, once per configuration of its `candidates(kernel, shape class)`. A candidate's outputs have
+to be those of the shipped configuration before its time is taken: one that is fast and wrong is never kept.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from rskernels import __version__, tuning
+from rskernels.triton import aot, launch
+from rskernels.triton.launch import CHIPS, CONFIGS, Configs, Launch, noting, trying
+
+# A configuration must take less than this share of the shipped one's time to replace it.
+MARGIN = 0.97
+# Of ‖out − shipped‖ / ‖shipped‖, by the coarsest dtype of a call: other tiles sum in another order.
+ALLOWED = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+GAIN = 0.25  # of the random numbers in the tensors: no exponential of their products overflows
+
+Constants = Mapping[str, int]
+Buffer = tuple[torch.dtype, int, int]  # dtype, elements, and which of those
+Timer = Callable[[Callable[[], Any]], float]
+Example = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What came of one kernel and shape class: the time of the best over that of the shipped configuration (1
+    where that is kept), how many were tried, and why some were refused."""
+
+    kernel: str
+    shape_class: str
+    constants: dict[str, int]
+    share_of_time: float
+    tried: int
+    refused: dict[str, str]
+
+
+def median_seconds(call: Callable[[], Any]) -> float:
+    """Of calls behind cold caches, by the device's clock."""
+    milliseconds = triton.testing.do_bench(call, warmup=5, rep=30, return_mode="median")
+    return float(milliseconds) / 1e3
+
+
+def tune(
+    device: torch.device | None = None,
+    *,
+    operators: Sequence[str] | None = None,
+    file: Path | None = None,
+    seconds: float = float("inf"),
+    timer: Timer = median_seconds,
+) -> list[Found]:
+    """Measure the configurations of `operators` (default: all) on `device` (default: the current GPU), store
+    the best in `file` (default: tuning.triton_path) after every class, and use them from now on.
+
+    seconds: no further class is begun after that long; what was measured is kept.
+    Raises ValueError where there is no file to write (RSKERNELS_TUNING=off), and what a shipped configuration
+    raises when it does not run.
+    """
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    capability = launch.capability_of(device)
+    file = file or tuning.triton_path(capability)
+    if file is None:
+        raise ValueError("tune: RSKERNELS_TUNING is 'off'; unset it or name a file to write")
+    file.parent.mkdir(parents=True, exist_ok=True)  # what is wrong with it, before minutes of measuring
+    stop = time.monotonic() + seconds
+    found: list[Found] = []
+    for operator in aot.OPERATORS if operators is None else operators:
+        module = importlib.import_module(f"rskernels.triton.{operator}")
+        for (kernel, shape_class), examples in classes_of(module.examples(), capability).items():
+            if time.monotonic() > stop:
+                print(
+                    f"tune: {seconds:.0f} seconds are over; the rest keeps what the package ships", flush=True
+                )
+                return found
+            candidates = module.candidates(kernel.partition(".")[2], shape_class)
+            with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: none
+                found.append(_best(kernel, shape_class, examples, candidates, device, timer))
+            _say(found[-1])
+            _store(file, capability, device, found)
+            launch.forget_tuned()
+    return found
+
+
+def main(operators: Sequence[str] | None, seconds: float, into_package: bool) -> None:
+    """What `python -m rskernels tune` does on a GPU."""
+    unknown = sorted(set(operators or ()) - set(aot.OPERATORS))
+    if unknown:
+        raise ValueError(f"tune: no Triton operator {unknown[0]!r}; there are {', '.join(aot.OPERATORS)}")
+    found = tune(operators=operators, seconds=seconds)
+    if into_package:
+        for file in write_package(found, launch.capability_of(torch.device("cuda"))):
+            print(f"written: {file}")
+
+
+def write_package(found: Iterable[Found], capability: int) -> list[Path]:
+    """Put what was found into the configurations that the package ships for `capability`, for developers."""
+    if capability not in CHIPS:
+        raise ValueError(
+            f"tune: the package ships configurations for sm_{CHIPS}, this GPU is sm_{capability}"
+        )
+    by_operator: dict[str, list[Found]] = defaultdict(list)
+    for row in found:
+        by_operator[row.kernel.partition(".")[0]].append(row)
+    written = []
+    for operator, rows in by_operator.items():
+        file = CONFIGS / f"{operator}.sm{capability}.json"
+        table: Configs = json.loads(file.read_text())
+        for row in rows:
+            if row.share_of_time < 1:
+                table[row.kernel][row.shape_class] = row.constants
+        _write(file, _formatted(table))
+        written.append(file)
+    return written
+
+
+def classes_of(
+    examples: Iterable[tuple[str, Example]], capability: int
+) -> dict[tuple[str, str], list[Example]]:
+    """(kernel, shape class) -> the examples that ask for it; float32, which few run on a GPU, last."""
+    classes: dict[tuple[str, str], list[Example]] = defaultdict(list)
+    for _, call in examples:
+        with noting(launch.nearest_chip(capability)), trying({}) as asked:
+            call()
+        for key in sorted(asked):
+            classes[key].append(call)
+    return dict(sorted(classes.items(), key=lambda item: item[0][1].startswith("float")))
+
+
+def _best(
+    kernel: str,
+    shape_class: str,
+    examples: Sequence[Example],
+    candidates: Iterable[Constants],
+    device: torch.device,
+    timer: Timer,
+) -> Found:
+    """The candidate with the least share of the shipped configuration's time, the mean over the examples."""
+    chip = launch.nearest_chip(launch.capability_of(device))
+    rows = launch.shipped(chip)[kernel]
+    shipped = dict(rows.get(shape_class, rows["default"]))
+    others = [dict(one) for one in candidates if dict(one) != shipped]
+    shares: dict[int, list[float]] = {number: [] for number in range(len(others))}
+    refused: dict[str, str] = {}
+    for call in examples:
+        launches = [_note(call, chip, {(kernel, shape_class): one}) for one in (shipped, *others)]
+        concerned = _differing(launches)
+        reference = _Replay(launches[0], device)
+        reference.run()
+        expected = reference.written()
+        bound = max(ALLOWED[dtype] for dtype in reference.dtypes)
+        seconds = timer(lambda: reference.run(concerned))  # noqa: B023  (called here and now)
+        for number in list(shares):
+            replay = _Replay(launches[1 + number], device)
+            same_constants = set(others[number]) == set(shipped)
+            reason = (
+                _problem(replay, expected, bound) if same_constants else "other constants than the shipped"
+            )
+            if reason:
+                refused[json.dumps(others[number])] = reason
+                del shares[number]
+                continue
+            shares[number].append(timer(lambda: replay.run(concerned)) / seconds)  # noqa: B023
+    means = {number: sum(values) / len(values) for number, values in shares.items()}
+    best = min(means, key=means.__getitem__, default=None)
+    if best is None or means[best] > MARGIN:
+        return Found(kernel, shape_class, shipped, 1.0, len(others), refused)
+    return Found(kernel, shape_class, others[best], means[best], len(others), refused)
+
+
+def _note(call: Example, chip: int, choice: Mapping[tuple[str, str], Constants]) -> list[Launch]:
+    with noting(chip) as launches, trying(choice):
+        call()
+    return list(launches)
+
+
+def _differing(variants: Sequence[Sequence[Launch]]) -> list[int] | None:
+    """The launches that the choice of a configuration changes; None (all) where it changes their number."""
+    if len({len(variant) for variant in variants}) > 1:
+        return None
+
+    def looks(launched: Launch) -> tuple[Any, ...]:
+        plain = [value for value in launched.arguments if not isinstance(value, Tensor)]
+        return launched.grid, dict(launched.constants), plain
+
+    changed = [
+        i
+        for i, same in enumerate(zip(*variants, strict=True))
+        if any(looks(x) != looks(same[0]) for x in same)
+    ]
+    return changed or None
+
+
+class _Replay:
+    """Noted launches with tensors of their own on a device: the same numbers in every replay, views and what
+    one launch hands to the next included."""
+
+    def __init__(self, launches: Sequence[Launch], device: torch.device) -> None:
+        self.device = device
+        self.buffers: dict[int, Tensor] = {}  # by the noted storage
+        self.named: dict[Buffer, Tensor] = {}
+        self.before: dict[Buffer, Tensor] = {}
+        self.dtypes: set[torch.dtype] = set()
+        self.noted = launches  # keeps the noted storages alive, and with them what identifies them
+        self.launches = [
+            Launch(one.kernel, one.grid, tuple(map(self._moved, one.arguments)), one.constants)
+            for one in launches
+        ]
+
+    def run(self, which: Sequence[int] | None = None) -> None:
+        for one in self.launches if which is None else (self.launches[i] for i in which):
+            launch.launch(one.kernel, one.grid, *one.arguments, **one.constants)
+
+    def written(self) -> dict[Buffer, Tensor]:
+        """Copies of the buffers that the launches changed."""
+        return {key: x.clone() for key, x in self.named.items() if not torch.equal(x, self._filled(key))}
+
+    def _moved(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        storage = value.untyped_storage()
+        if storage._cdata not in self.buffers:
+            size = storage.nbytes() // value.dtype.itemsize
+            key = (value.dtype, size, sum(known[:2] == (value.dtype, size) for known in self.named))
+            if value.dtype.is_floating_point or value.dtype == torch.bool or value.is_meta:
+                buffer = self._filled(key)
+            else:  # indices mean something: those that the example has
+                buffer = value.new_empty(0).set_(storage, 0, (size,), (1,)).to(self.device)
+                self.before[key] = buffer.clone()
+            self.named[key] = self.buffers[storage._cdata] = buffer
+        if value.dtype.is_floating_point:
+            self.dtypes.add(value.dtype)
+        flat = self.buffers[storage._cdata].view(value.dtype)
+        return flat.as_strided(value.shape, value.stride(), value.storage_offset())
+
+    def _filled(self, key: Buffer) -> Tensor:
+        """The numbers that a buffer begins with."""
+        if key in self.before:
+            return self.before[key]
+        dtype, size, number = key
+        generator = torch.Generator(self.device).manual_seed(1000 + number)
+        options: dict[str, Any] = {"generator": generator, "device": self.device}
+        if dtype.is_floating_point:
+            return (GAIN * torch.randn(size, **options)).to(dtype)
+        if dtype == torch.bool:
+            return torch.randint(2, (size,), **options) > 0
+        return torch.zeros(size, dtype=dtype, device=self.device)
+
+
+def _problem(replay: _Replay, expected: Mapping[Buffer, Tensor], bound: float) -> str:
+    """Why a candidate is out of the question: it does not run, or its outputs are not the shipped one's."""
+    try:
+        replay.run()
+    except Exception as error:  # whatever Triton raises: registers, shared memory, a tile it cannot make
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0]}"[:160]
+    compared = 0
+    for key, reference in expected.items():
+        if key not in replay.named:
+            continue  # room that only one of them needs
+        out, compared = replay.named[key], compared + 1
+        if not reference.dtype.is_floating_point:
+            if not torch.equal(out, reference):
+                return "another answer than the shipped configuration's"
+            continue
+        difference = (out.double() - reference.double()).norm()
+        if not difference <= bound * reference.double().norm():  # NaN is no answer
+            return "another answer than the shipped configuration's"
+    return "" if compared else "no output to compare with the shipped configuration's"
+
+
+def _say(found: Found) -> None:
+    what = "kept" if found.share_of_time == 1 else f"{found.share_of_time:.2f} of its time: {found.constants}"
+    print(
+        f"{found.kernel:<40}{found.shape_class:<24}{found.tried} tried, {len(found.refused)} refused; {what}",
+        flush=True,
+    )
+
+
+def _store(file: Path, capability: int, device: torch.device, found: Sequence[Found]) -> None:
+    """The whole file anew: what was tuned before and not this time stays, if it is of this version."""
+    try:
+        configs = launch.checked(json.loads(file.read_text()), capability)
+    except (OSError, ValueError):
+        configs = {}
+    for row in found:
+        classes = configs.setdefault(row.kernel, {})
+        if row.share_of_time < 1:
+            classes[row.shape_class] = row.constants
+        else:
+            classes.pop(row.shape_class, None)
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    stored = {
+        "version": __version__,
+        "capability": capability,
+        "configs": {kernel: classes for kernel, classes in configs.items() if classes},
+        "measured_with": {
+            "gpu": gpu,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "date": datetime.date.today().isoformat(),
+        },
+    }
+    _write(file, json.dumps(stored, indent=1) + "\n")
+
+
+def _formatted(table: Configs) -> str:
+    """A line per shape class, as the package's files have them."""
+    kernels = []
+    for kernel, classes in table.items():
+        rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in classes.items())
+        kernels.append(f" {json.dumps(kernel)}: {{\n{rows}\n }}")
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
+
+
+def _write(file: Path, text: str) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
