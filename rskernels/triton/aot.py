@@ -1,23 +1,27 @@
 """Kernels compiled ahead of time, for chips that are not there: registers, shared memory and spills of each.
 
-    python -m rskernels.triton.aot [--chips 80 90 100] [--operators NAME ...] [--examples N] [--output FILE]
+    python -m rskernels.triton.aot [--chips 80 90 100] [--operators NAME ...] [--output FILE | --check FILE]
 
 Every module of OPERATORS has `examples()`: calls of its launchers with the shapes of the library's models.
 Their launches are noted, with the configurations that each chip ships, and compiled as a first call there
-would.
+would. What a table (FILE) has of the same source, arguments and Triton is not compiled again; `--check` asks
+only whether it has everything, and that all of it fits.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib
 import io
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,25 +49,44 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What a kernel takes on a chip: registers a thread, bytes of shared memory a block, bytes spilled."""
+class Build:
+    """A kernel with all that its machine code depends on, as Triton's own first call would have it."""
 
     operator: str
     example: str
-    kernel: str
     chip: int
-    constants: dict[str, Any]
+    kernel: Any
+    signature: Mapping[str, Any]
+    constants: Mapping[Any, Any]
+    attributes: Mapping[Any, Any]
+    options: Mapping[str, Any]
+
+    def digest(self) -> str:
+        """Of the source, with that of the functions it calls, and of everything else."""
+        rest = (self.chip, self.signature, self.constants, self.attributes, self.options)
+        return hashlib.sha256(f"{self.kernel.cache_key} {rest}".encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a build takes: registers a thread, bytes of shared memory a block, bytes spilled."""
+
+    operator: str
+    kernel: str
+    example: str
+    chip: int
     registers: int
     shared: int
     spills: int
+    digest: str
 
     @property
     def fits(self) -> bool:
         return self.spills == 0 and self.shared <= SHARED_LIMIT[self.chip]
 
 
-def compile_operator(operator: str, chip: int, most: int | None = None) -> Iterator[Compiled]:
-    """Compile every launch of the examples of `operator` once; of the first `most` examples, unless None."""
+def builds(operator: str, chip: int, most: int | None = None) -> Iterator[Build]:
+    """Every launch of the examples of `operator` once; of the first `most` examples, unless None."""
     module = importlib.import_module(f"rskernels.triton.{operator}")
     examples: Iterable[tuple[str, Callable[[], Any]]] = module.examples()
     seen = set()
@@ -71,28 +94,15 @@ def compile_operator(operator: str, chip: int, most: int | None = None) -> Itera
         with noting(chip) as launches:
             call()
         for launch in launches:
-            signature, constants, attributes, options = _specialise(launch)
-            key = (launch.kernel.fn.__name__, *map(repr, (signature, constants, attributes, options)))
-            if key in seen:
-                continue
-            seen.add(key)
-            registers, shared, spills = _compile(
-                launch.kernel, signature, constants, attributes, options, chip
-            )
-            yield Compiled(
-                operator,
-                name,
-                launch.kernel.fn.__name__,
-                chip,
-                dict(launch.constants),
-                registers,
-                shared,
-                spills,
-            )
+            arguments = _specialise(launch)
+            key = (launch.kernel.fn.__name__, repr(arguments))
+            if key not in seen:
+                seen.add(key)
+                yield Build(operator, name, chip, launch.kernel, *arguments)
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any], dict[str, Any]]:
-    """Signature, constants and attributes as Triton's own first call would have them."""
+    """Signature, constants, attributes and options."""
     names = launch.kernel.arg_names
     options = {name: value for name, value in launch.constants.items() if name in OPTIONS}
     constants: dict[Any, Any] = {n: v for n, v in launch.constants.items() if n not in OPTIONS}
@@ -125,18 +135,67 @@ def _specialise(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[An
     return {name: signature[name] for name in names}, constants, attributes, options
 
 
-def _compile(
-    kernel: Any, signature: Any, constants: Any, attributes: Any, options: Any, chip: int
-) -> tuple[int, int, int]:
-    source = ASTSource(kernel, signature, constants, attributes)
-    log = io.StringIO()
+def compile_build(build: Build) -> Compiled:
+    """Compile, and read the assembler's report."""
+    source = ASTSource(build.kernel, build.signature, build.constants, build.attributes)
+    name, log = build.kernel.fn.__name__, io.StringIO()
     with contextlib.redirect_stdout(log):
-        compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", build.chip, 32), options=build.options)
     spills = re.findall(r"(\d+) bytes spill stores", log.getvalue())
     registers = re.findall(r"Used (\d+) registers", log.getvalue())
     if not spills or not registers:
-        raise RuntimeError(f"no resource report from ptxas for {kernel.fn.__name__}: {log.getvalue()[:500]}")
-    return max(map(int, registers)), compiled.metadata.shared, sum(map(int, spills))
+        raise RuntimeError(f"no resource report from ptxas for {name}: {log.getvalue()[:500]}")
+    return Compiled(
+        build.operator,
+        name,
+        build.example,
+        build.chip,
+        max(map(int, registers)),
+        compiled.metadata.shared,
+        sum(map(int, spills)),
+        build.digest(),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the table
+
+
+def read_table(file: Path) -> dict[str, Compiled]:
+    """The rows of `file` by digest; none where it does not exist, or another Triton wrote it."""
+    if not file.exists():
+        return {}
+    table = json.loads(file.read_text())
+    if table["triton"] != triton.__version__:
+        return {}
+    rows = (Compiled(*row) for row in table["rows"])
+    return {row.digest: row for row in rows}
+
+
+def write_table(file: Path, rows: Iterable[Compiled]) -> None:
+    """One line a row, all or nothing."""
+    lines = ",\n".join(json.dumps(list(asdict(row).values())) for row in rows)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
+    temporary.replace(file)
+
+
+_todo: list[Build] = []  # builds cannot be pickled: forked processes find them here
+
+
+def _compile_numbered(number: int) -> Compiled:
+    return compile_build(_todo[number])
+
+
+def compile_all(wanted: list[Build], jobs: int) -> Iterator[Compiled]:
+    """Compile on `jobs` processes, in whatever order they end."""
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True
+    if jobs == 1:
+        yield from map(compile_build, wanted)
+        return
+    _todo[:] = wanted
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap_unordered(_compile_numbered, range(len(wanted)))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,29 +205,50 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--chips", type=int, nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     parser.add_argument("--examples", type=int, metavar="N", help="only the first N of each operator")
-    parser.add_argument("--output", type=Path, help="JSON file for the table")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--output", type=Path, help="JSON file for the table; what it has stays")
+    where.add_argument("--check", type=Path, help="compile nothing: does this table have every build?")
     options = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
         print("rskernels.triton.aot: TRITON_INTERPRET is set; unset it to compile", file=sys.stderr)
         return 2
-    triton.knobs.nvidia.dump_ptxas_log = True
-    triton.knobs.compilation.always_compile = True
-    rows = []
-    for operator in options.operators:
-        for chip in options.chips:
-            for row in compile_operator(operator, chip, options.examples):
-                rows.append(row)
-                verdict = "" if row.fits else "  TOO LARGE"
-                print(
-                    f"sm_{chip}  {operator}.{row.kernel:<28} {row.example:<36} {row.registers:>3} registers "
-                    f"{row.shared:>7,} bytes shared  {row.spills} spilled{verdict}",
-                    flush=True,
-                )
+    file = options.check or options.output
+    known = read_table(file) if file else {}
+    wanted = {
+        build.digest(): build
+        for operator in options.operators
+        for chip in options.chips
+        for build in builds(operator, chip, options.examples)
+    }
+    missing = [build for digest, build in wanted.items() if digest not in known]
+    if options.check:
+        for build in missing:
+            print(f"{options.check} has no row of {_name(build)}; write it with --output {options.check}")
+    else:
+        for row in compile_all(missing, options.jobs):
+            known[row.digest] = row
+            _print(row)
+    rows = [known[digest] for digest in wanted if digest in known]
+    for row in rows:
+        if not row.fits:
+            print(f"does not fit: {row}")
     if options.output:
-        temporary = options.output.with_suffix(".tmp")
-        temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        temporary.replace(options.output)
-    return 0 if all(row.fits for row in rows) else 1
+        write_table(options.output, rows)
+    complete = options.check is None or not missing
+    return 0 if complete and all(row.fits for row in rows) else 1
+
+
+def _name(build: Build) -> str:
+    return f"sm_{build.chip} {build.operator}.{build.kernel.fn.__name__}, {build.example}"
+
+
+def _print(row: Compiled) -> None:
+    print(
+        f"sm_{row.chip}  {row.operator}.{row.kernel:<28} {row.example:<36} {row.registers:>3} registers "
+        f"{row.shared:>7,} bytes shared  {row.spills} spilled",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
