@@ -39,7 +39,7 @@ TABLE: dict[str, _Rows] = {
     "lora_qkv": _CPP_TRITON,
     "cross_attention": _CPP,
     "distillation_loss": _CPP,
-    "dilated_aspp": _CPP,
+    "dilated_aspp": _CPP_TRITON,
     "deformable_attention": _CPP,
 }
 

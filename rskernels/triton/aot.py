@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 
 from rskernels.triton.launch import CHIPS, Launch, noting
 
-OPERATORS: tuple[str, ...] = ("lora",)
+OPERATORS: tuple[str, ...] = ("lora", "dilated_aspp", "dilated_aspp_backward")
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have; the compiler does not check
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 DTYPES = {

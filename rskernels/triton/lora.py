@@ -339,7 +339,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """rskernels::lora_forward: y, and x Aᵀ (float32) where it is kept."""
     out = torch.ops.rskernels.linear_forward(x, weight, bias, "none", False)[0]
-    x_rows, y = _rows(x), out.view(-1, out.shape[-1]) if out.numel() else out.flatten(0, -2)
+    x_rows = _rows(x)
+    y = out.view(len(x_rows), out.shape[-1])
     ranks = sum(a_i.shape[0] for a_i in a)
     xa = x.new_empty((*x.shape[:-1], ranks) if keep_xa else 0, dtype=torch.float32)
     for parts in _launches(a, b, first_columns):
