@@ -35,11 +35,11 @@ TABLE: dict[str, _Rows] = {
     "rel_pos_attention": _CPP_TRITON,
     "linear": _CPP,
     "layer_norm": _CPP,
-    "lora_linear": _CPP,
-    "lora_qkv": _CPP,
+    "lora_linear": _CPP_TRITON,
+    "lora_qkv": _CPP_TRITON,
     "cross_attention": _CPP_TRITON,
     "distillation_loss": _CPP_TRITON,
-    "dilated_aspp": _CPP,
+    "dilated_aspp": _CPP_TRITON,
     "deformable_attention": _CPP_TRITON,
 }
 

@@ -46,10 +46,10 @@ def dilated_aspp(
         projection: weight (P, sum(O_i)) and bias (P,) or None of a 1x1 convolution on the concatenation.
     Returns:
         (B, sum(O_i), h, w), or (B, P, h, w) with a projection, in the dtype of the weights, under autocast
-        in autocast's dtype (float64 stays). In channels-last memory where the extension serves, and so are
-        the gradients of the features.
-    float32 and bfloat16 are accelerated on the CPU; the reference serves everything else, and second
-    derivatives.
+        in autocast's dtype (float64 stays). In channels-last memory where a kernel serves, and so are the
+        gradients of the features.
+    Dtypes: float32 and bfloat16 are accelerated on the CPU, these and float16 on CUDA (backend "triton"); the
+    reference serves everything else, and second derivatives.
     Raises:
         ValueError: numbers of branches or shapes that do not fit, unknown activation, scale or shift
             requires grad. TypeError: not a floating-point tensor, or no list of them.
@@ -65,7 +65,8 @@ def dilated_aspp(
     scale, shift = cast_to_compute_dtype(lead, *(scale_shift or (None, None)))
     projection_weight, projection_bias = cast_to_compute_dtype(lead, *(projection or (None, None)))
     tensors = (*features, *weights, *biases, scale, shift, projection_weight, projection_bias)
-    empty = {"cpp": "it takes no empty dimension but the batch"} if _is_empty(features, tensors) else None
+    refusal = dict.fromkeys(("cpp", "triton"), "it takes no empty dimension but the batch")
+    empty = refusal if _is_empty(features, tensors) else None
     if choose("dilated_aspp", *tensors, without=empty) == "reference":
         features = features * len(weights) if shared else features
         return dilated_aspp_reference(
@@ -349,6 +350,7 @@ _dilated_aspp_forward = define(
     " -> (Tensor, Tensor)",
     reference=_forward_reference,
     fake=_forward_fake,
+    triton="dilated_aspp.forward",
 )
 # mask: one for each feature map, one for each branch's weight, bias, projection weight and bias.
 _dilated_aspp_backward = define(
@@ -357,6 +359,7 @@ _dilated_aspp_backward = define(
     " -> (Tensor[], Tensor[], Tensor, Tensor, Tensor)",
     reference=_backward_reference,
     fake=_backward_fake,
+    triton="dilated_aspp_backward.backward",
 )
 
 

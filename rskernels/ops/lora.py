@@ -34,8 +34,8 @@ def lora_linear(
         (..., O). With b = 0 it equals `linear`'s result to the last bit.
     Dtypes: `weight` decides, under autocast autocast's dtype (float64 stays); x, bias, a and b may have
         another floating-point dtype, are cast to it, and get gradients in their own. x Aᵀ and all sums are
-        float32 at least. float32 and bfloat16 are accelerated on the CPU, all else is served by the
-        reference.
+        float32 at least. float32 and bfloat16 are accelerated on the CPU, these and float16 on CUDA (backend
+        "triton"); all else is served by the reference.
     Memory: backward keeps x, the factors and x Aᵀ, N·r numbers in float32, the last one only where b requires
         grad; nothing of size N·O. In float32 with many rows the forward pass makes a merged weight of O·I
         numbers for the length of the call.
@@ -240,12 +240,14 @@ _lora_forward = define(
     " float scale, bool keep_xa) -> (Tensor, Tensor)",
     reference=_forward,
     fake=_forward_fake,
+    triton="lora.forward",
 )
 _lora_backward = define(
     "lora_backward(Tensor grad, Tensor x, Tensor weight, Tensor[] a, Tensor[] b, Tensor xa,"
     " int[] first_columns, float scale, bool[3] mask) -> (Tensor, Tensor[], Tensor[])",
     reference=_backward_products,
     fake=_backward_fake,
+    triton="lora.backward",
 )
 
 

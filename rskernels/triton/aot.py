@@ -37,7 +37,10 @@ from rskernels.triton.launch import CHIPS, Launch, noting
 OPERATORS: tuple[str, ...] = (
     "rel_pos_attention",
     "cross_attention",
+    "lora",
     "distillation_loss",
+    "dilated_aspp",
+    "dilated_aspp_backward",
     "deformable_attention",
 )
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have; the compiler does not check

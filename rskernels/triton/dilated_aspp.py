@@ -1,0 +1,397 @@
+"""dilated_aspp forward: implicit GEMM over the taps of dilated 3x3 convolutions, all branches in one launch.
+
+Maps are rows of pixels (B·h·w, channels), weights (O, 3, 3, C). A program computes a patch of pixels for a
+block of outputs, and leaves out the taps that reach the map from no pixel of its patch. The gradient of a map
+is the same kernel with the taps turned round: dilated_aspp_backward.py. Why it is so: docs/kernels/.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, launch, power_of_2
+
+BRANCHES = 4  # of a launch; more are further launches
+# With a projection the concatenation exists for this many bytes of pixels at a time: it stays in the cache of
+# the chip (40 MB and more), and still fills it with programs.
+SLAB_BYTES = 16 * 2**20
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """NaN stays NaN."""
+    if ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)
+    if ACTIVATION == "gelu":
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    if ACTIVATION == "gelu_tanh":
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return x
+
+
+@triton.jit
+def _patch(tile, rows, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
+    """Image, first row and first column of a patch."""
+    across, down = tl.cdiv(width, PATCH_W), tl.cdiv(rows, PATCH_H)
+    return tile // (across * down), tile // across % down * PATCH_H, tile % across * PATCH_W
+
+
+@triton.jit
+def add_taps(
+    total, x, w, tile, block, height, width, first_row, rows, x_pixel, inputs, outputs, dilation,
+    TRANSPOSED: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + the sum over taps and inputs of one branch, for one patch and one block of outputs."""
+    image, top, left = _patch(tile, rows, width, PATCH_H, PATCH_W)
+    bottom = first_row + tl.minimum(top + PATCH_H, rows) - 1
+    right = tl.minimum(left + PATCH_W, width) - 1
+    top += first_row
+    member = tl.arange(0, PATCH_H * PATCH_W)
+    y, column = top + member // PATCH_W, left + member % PATCH_W
+    output = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    has_output = output < outputs
+    # The taps that reach the map from somewhere in the patch: a rectangle around the middle one.
+    first_ky, last_ky = tl.where(bottom < dilation, 1, 0), tl.where(top + dilation < height, 2, 1)
+    first_kx, last_kx = tl.where(right < dilation, 1, 0), tl.where(left + dilation < width, 2, 1)
+    taps_x = last_kx - first_kx + 1
+    steps = tl.cdiv(inputs, BLOCK_K)
+    for i in range(0, (last_ky - first_ky + 1) * taps_x * steps):
+        tap = i // steps
+        ky, kx = first_ky + tap // taps_x, first_kx + tap % taps_x
+        k = i % steps * BLOCK_K + tl.arange(0, BLOCK_K)
+        has_k = k < inputs
+        from_y, from_x = y + (ky - 1) * dilation, column + (kx - 1) * dilation
+        inside = (from_y >= 0) & (from_y < height) & (from_x >= 0) & (from_x < width)
+        pixel = (image.to(tl.int64) * height + from_y) * width + from_x
+        x_at = x + pixel[:, None] * x_pixel + k[None, :]
+        x_tile = tl.load(x_at, mask=inside[:, None] & has_k[None, :], other=0.0)
+        if TRANSPOSED:
+            w_at = w + k[:, None] * (9 * outputs) + ((8 - 3 * ky - kx) * outputs + output)[None, :]
+        else:
+            w_at = w + ((3 * ky + kx) * inputs + k)[:, None] + output[None, :] * (9 * inputs)
+        w_tile = tl.load(w_at, mask=has_k[:, None] & has_output[None, :], other=0.0)
+        total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def finish(
+    total, out, bias, scale, shift, kept, tile, block, width, rows, outputs, column, out_pixel, kept_pixel,
+    ACTIVATION: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Bias, scale and shift, activation, and into the branch's slice; `column` is where that begins."""
+    image, top, left = _patch(tile, rows, width, PATCH_H, PATCH_W)
+    member = tl.arange(0, PATCH_H * PATCH_W)
+    y, x = top + member // PATCH_W, left + member % PATCH_W
+    pixel = (image.to(tl.int64) * rows + y) * width + x
+    output = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    has_output = output < outputs
+    mask = ((y < rows) & (x < width))[:, None] & has_output[None, :]
+    if bias is not None:
+        total += tl.load(bias + column + output, mask=has_output, other=0.0).to(tl.float32)[None, :]
+    if scale is not None:
+        total *= tl.load(scale + column + output, mask=has_output, other=0.0).to(tl.float32)[None, :]
+        total += tl.load(shift + column + output, mask=has_output, other=0.0).to(tl.float32)[None, :]
+    if kept is not None:
+        kept_at = kept + pixel[:, None] * kept_pixel + (column + output)[None, :]
+        tl.store(kept_at, total.to(kept.dtype.element_ty), mask=mask)
+    at = out + pixel[:, None] * out_pixel + output[None, :]
+    tl.store(at, activate(total, ACTIVATION).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _branch(
+    x, w, out, bias, scale, shift, kept, program, tiles, height, width, first_row, rows, x_pixel, inputs,
+    outputs, dilation, column, out_pixel, kept_pixel,
+    TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One branch's patch, if `program` is one of its own; returns the next branch's first program."""
+    blocks = tl.cdiv(outputs, BLOCK_N)
+    if (program >= 0) & (program < tiles * blocks):
+        tile, block = program // blocks, program % blocks
+        total = tl.zeros((PATCH_H * PATCH_W, BLOCK_N), tl.float32)
+        total = add_taps(
+            total, x, w, tile, block, height, width, first_row, rows, x_pixel, inputs, outputs, dilation,
+            TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        finish(
+            total, out, bias, scale, shift, kept, tile, block, width, rows, outputs, column, out_pixel,
+            kept_pixel, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N,
+        )  # fmt: skip
+    return program - tiles * blocks
+
+
+@triton.jit
+def convolve(
+    x0, x1, x2, x3, w0, w1, w2, w3, out0, out1, out2, out3, bias, scale, shift, kept,
+    tiles, height, width, first_row, rows, x_pixel0, x_pixel1, x_pixel2, x_pixel3,
+    inputs0, inputs1, inputs2, inputs3, outputs0, outputs1, outputs2, outputs3,
+    dilation0, dilation1, dilation2, dilation3, column0, column1, column2, column3,
+    out_pixel0, out_pixel1, out_pixel2, out_pixel3, kept_pixel,
+    COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Up to four branches, written out one by one: of a pointer chosen while running the compiler would not
+    know how it is aligned."""
+    program = _branch(
+        x0, w0, out0, bias, scale, shift, kept, tl.program_id(0), tiles, height, width, first_row, rows,
+        x_pixel0, inputs0, outputs0, dilation0, column0, out_pixel0, kept_pixel,
+        TRANSPOSED, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    if COUNT > 1:
+        program = _branch(
+            x1, w1, out1, bias, scale, shift, kept, program, tiles, height, width, first_row, rows, x_pixel1,
+            inputs1, outputs1, dilation1, column1, out_pixel1, kept_pixel,
+            TRANSPOSED, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    if COUNT > 2:
+        program = _branch(
+            x2, w2, out2, bias, scale, shift, kept, program, tiles, height, width, first_row, rows, x_pixel2,
+            inputs2, outputs2, dilation2, column2, out_pixel2, kept_pixel,
+            TRANSPOSED, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    if COUNT > 3:
+        program = _branch(
+            x3, w3, out3, bias, scale, shift, kept, program, tiles, height, width, first_row, rows, x_pixel3,
+            inputs3, outputs3, dilation3, column3, out_pixel3, kept_pixel,
+            TRANSPOSED, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Branch:
+    """x (pixels, inputs) and out (pixels, outputs) as rows any stride apart; weight (O, 3, 3, C), dense."""
+
+    x: Tensor
+    weight: Tensor
+    out: Tensor
+    dilation: int
+    column: int = 0
+
+
+@dataclass(frozen=True)
+class Region:
+    """The pixels of a launch: rows first_row … first_row + rows of `images` maps."""
+
+    images: int
+    height: int
+    width: int
+    first_row: int
+    rows: int
+
+
+def pixels(x: Tensor) -> Tensor:
+    """(B, C, h, w) as (B·h·w, C), in place where channels are neighbours and pixels evenly spaced."""
+    x = x.permute(0, 2, 3, 1)
+    _, height, width, channels = x.shape
+    image, row, pixel, channel = x.stride()
+    if (row, image) != (width * pixel, height * width * pixel) or (channel != 1 and channels > 1):
+        return x.contiguous().flatten(0, 2)
+    return x.as_strided((x.shape[0] * height * width, channels), (pixel, 1))
+
+
+def packed(weight: Tensor) -> Tensor:
+    """(O, 3, 3, C): the weight itself where its memory is channels-last."""
+    return weight.permute(0, 2, 3, 1).contiguous()
+
+
+@functools.cache
+def patch_shape(rows: int, width: int, dilations: tuple[int, ...], pixels: int) -> tuple[int, int]:
+    """Height and width of the patches of `pixels` that have the fewest taps to compute."""
+
+    def taps(size: int, patch: int, dilation: int) -> int:
+        return sum(
+            1 + (min(first + patch, size) > dilation) + (first + dilation < size)
+            for first in range(0, size, patch)
+        )
+
+    def cost(patch: int) -> int:
+        return sum(taps(rows, pixels // patch, d) * taps(width, patch, d) for d in dilations)
+
+    widths = [1 << i for i in range(pixels.bit_length())]
+    best = min(reversed(widths), key=cost)
+    return pixels // best, best
+
+
+def channel_class(channels: int) -> int:
+    """The part of a shape class that a number of channels decides."""
+    return min(power_of_2(channels), 128)
+
+
+def constants_of(kernel: str, branches: Sequence[Branch], region: Region) -> dict[str, Any]:
+    out = branches[0].out
+    outputs = channel_class(max(branch.out.shape[1] for branch in branches))
+    tuned = config(f"dilated_aspp.{kernel}", f"{dtype_class(out.dtype)}/o{outputs}", out.device)
+    dilations = tuple(branch.dilation for branch in branches)
+    height, width = patch_shape(region.rows, region.width, dilations, tuned.pop("BLOCK_M"))
+    precision = dot_precision(out.dtype)
+    return {"COUNT": len(branches), "PATCH_H": height, "PATCH_W": width, "PRECISION": precision, **tuned}
+
+
+def four(values: Sequence[Any], missing: Any = 0) -> tuple[Any, ...]:
+    return (*values, *[missing] * (BRANCHES - len(values)))
+
+
+def run_branches(
+    branches: Sequence[Branch],
+    region: Region,
+    *,
+    transposed: bool = False,
+    activation: str = "none",
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    kept: Tensor | None = None,
+) -> None:
+    """Each branch into its own out. kept: (pixels, all channels), what enters the activation."""
+    # Those with most to do come first, so that the last programs are short.
+    branches = sorted(branches, key=lambda branch: -branch.x.shape[1])
+    for i in range(0, len(branches), BRANCHES):
+        some = branches[i : i + BRANCHES]
+        constants = constants_of("convolve", some, region)
+        across = cdiv(region.width, constants["PATCH_W"])
+        tiles = region.images * cdiv(region.rows, constants["PATCH_H"]) * across
+        launch(
+            convolve,
+            (tiles * sum(cdiv(branch.out.shape[1], constants["BLOCK_N"]) for branch in some),),
+            *four([branch.x for branch in some], None), *four([branch.weight for branch in some], None),
+            *four([branch.out for branch in some], None), bias, scale, shift, kept,
+            tiles, region.height, region.width, region.first_row, region.rows,
+            *four([branch.x.stride(0) for branch in some]), *four([branch.x.shape[1] for branch in some]),
+            *four([branch.out.shape[1] for branch in some]), *four([branch.dilation for branch in some]),
+            *four([branch.column for branch in some]), *four([branch.out.stride(0) for branch in some]),
+            0 if kept is None else kept.stride(0),
+            TRANSPOSED=transposed, ACTIVATION=activation, **constants,
+        )  # fmt: skip
+
+
+def forward(
+    features: list[Tensor],
+    weights: list[Tensor],
+    bias: Tensor | None,
+    dilations: list[int],
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    projection_weight: Tensor | None,
+    projection_bias: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """rskernels::dilated_aspp_forward: the output in channels-last memory, and what enters the activation."""
+    images, _, height, width = features[0].shape
+    maps = [pixels(x) for x in features]
+    maps = maps * len(weights) if len(maps) == 1 else maps
+    taps = [packed(weight) for weight in weights]
+    ends = [0]
+    for weight in weights:
+        ends.append(ends[-1] + len(weight))
+    channels = ends[-1]
+    kept = features[0].new_empty((images, height, width, channels) if keep else 0)
+    bias, scale, shift = (None if t is None else t.contiguous() for t in (bias, scale, shift))
+
+    def convolve_into(out: Tensor, region: Region, first: int) -> None:
+        """`first`: the number of the region's first pixel's image times the size of a map."""
+        branches = [
+            Branch(x[first:], tap, out[:, begin:end], dilation, begin)
+            for x, tap, dilation, begin, end in zip(maps, taps, dilations, ends, ends[1:], strict=False)
+        ]
+        start = first + region.first_row * width
+        rows = kept.view(-1, channels)[start:] if keep else None
+        run_branches(branches, region, activation=activation, bias=bias, scale=scale, shift=shift, kept=rows)
+
+    if projection_weight is None:
+        out = features[0].new_empty(images, height, width, channels)
+        convolve_into(out.view(-1, channels), Region(images, height, width, 0, height), 0)
+        return out.permute(0, 3, 1, 2), kept
+    out = features[0].new_empty(images, height, width, len(projection_weight))
+    out_rows = out.view(-1, len(projection_weight))
+    for image, region in _slabs(images, height, width, channels * out.element_size()):
+        first, count = image * height * width, region.images * region.rows * width
+        concatenation = out.new_empty(count, channels)
+        convolve_into(concatenation, region, first)
+        start = first + region.first_row * width
+        project(concatenation, projection_weight, projection_bias, out_rows[start : start + count])
+    return out.permute(0, 3, 1, 2), kept
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = x weightᵀ + bias, cuBLAS's."""
+    if bias is None:
+        torch.mm(x, weight.T, out=out)
+    else:
+        torch.addmm(bias, x, weight.T, out=out)
+
+
+def _slabs(images: int, height: int, width: int, pixel_bytes: int) -> Iterator[tuple[int, Region]]:
+    """First image and region of pieces of at most SLAB_BYTES: some images, or some rows of one."""
+    most = max(1, SLAB_BYTES // max(1, pixel_bytes))
+    if most >= height * width:
+        step = most // (height * width)
+        for image in range(0, images, step):
+            yield image, Region(min(step, images - image), height, width, 0, height)
+        return
+    step = max(1, most // width)
+    for image in range(images):
+        for row in range(0, height, step):
+            yield image, Region(1, height, width, row, min(step, height - row))
+
+
+def candidates(kernel: str, shape_class: str) -> list[dict[str, int]]:
+    """Configurations that the tuner tries for `kernel` ("convolve") and `shape_class` ("half/o128")."""
+    dtype, outputs = shape_class.split("/o")
+    n, ks = min(int(outputs), 128), (32,) if dtype == "float" else (32, 64)
+    return [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for m in ((64,) if dtype == "float" else (64, 128))
+        for k in ks
+        for warps, stages in ((4, 2), (4, 3), (8, 3))
+    ]
+
+
+def example_arguments(
+    dtype: torch.dtype, channels: Sequence[int], outputs: int, projected: bool
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Features, weights and the projection's weight of a pyramid on the meta device."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    features = [empty(2, c, 32, 32).to(memory_format=torch.channels_last) for c in channels]
+    weights = [empty(outputs, c, 3, 3) for c in (tuple(channels) * 4 if len(channels) == 1 else channels)]
+    return features, weights, empty(outputs, 4 * outputs) if projected else None
+
+
+EXAMPLES: list[tuple[Any, ...]] = [  # name, channels of the features, outputs of a branch, projected
+    ("head 256-1024, projected", (256, 512, 1024, 1024), 256, True),
+    ("ASPP 2048", (2048,), 256, False),
+    ("tiny head, projected", (64, 64, 64, 64), 64, True),
+    ("narrow", (32,), 32, False),
+    ("narrowest", (16,), 16, False),
+]
+
+
+def examples() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls with the shapes of the heads; nothing is computed on the meta device."""
+
+    def call(dtype: torch.dtype, channels: Sequence[int], outputs: int, projected: bool) -> None:
+        features, weights, projection = example_arguments(dtype, channels, outputs, projected)
+        bias = features[0].new_empty(4 * outputs)
+        activation, folded = ("gelu", None) if projected else ("relu", bias)
+        forward(
+            features, weights, bias, [1, 6, 12, 18], folded, folded, activation, projection,
+            None if projection is None else features[0].new_empty(outputs), projected,
+        )  # fmt: skip
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, *rest in EXAMPLES:
+            yield f"{name}, {str(dtype)[6:]}", functools.partial(call, dtype, *rest)

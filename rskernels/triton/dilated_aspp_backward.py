@@ -1,0 +1,362 @@
+"""dilated_aspp backward: through the activation, then the transposed convolutions and the weights' gradients.
+
+The projection's gradients are PyTorch's products. Sums over pixels are cut by shape alone and added in order.
+docs/kernels/dilated_aspp.md has the design.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rskernels.triton.dilated_aspp import (
+    BRANCHES,
+    EXAMPLES,
+    Branch,
+    Region,
+    activate,
+    add_taps,
+    channel_class,
+    constants_of,
+    example_arguments,
+    finish,
+    four,
+    packed,
+    pixels,
+    run_branches,
+)
+from rskernels.triton.dilated_aspp import candidates as convolve_candidates
+from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, launch
+
+# Slices of the sums over pixels: of a bias's, and of a weight's where its tiles alone are too few for a chip.
+BIAS_PIXELS, BIAS_SLICES = 64, 256
+WEIGHT_TILES, WEIGHT_PIXELS, WEIGHT_SLICES = 264, 512, 16
+
+
+@triton.jit
+def convolve_sum(
+    x0, x1, x2, x3, w0, w1, w2, w3, out, tiles, height, width, first_row, rows,
+    x_pixel0, x_pixel1, x_pixel2, x_pixel3, inputs0, inputs1, inputs2, inputs3, outputs,
+    dilation0, dilation1, dilation2, dilation3, out_pixel,
+    COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sum of up to four branches: what a map that they share gets as gradient."""
+    blocks = tl.cdiv(outputs, BLOCK_N)
+    tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    total = tl.zeros((PATCH_H * PATCH_W, BLOCK_N), tl.float32)
+    total = add_taps(
+        total, x0, w0, tile, block, height, width, first_row, rows, x_pixel0, inputs0, outputs, dilation0,
+        TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
+    if COUNT > 1:
+        total = add_taps(
+            total, x1, w1, tile, block, height, width, first_row, rows, x_pixel1, inputs1, outputs, dilation1,
+            TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    if COUNT > 2:
+        total = add_taps(
+            total, x2, w2, tile, block, height, width, first_row, rows, x_pixel2, inputs2, outputs, dilation2,
+            TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    if COUNT > 3:
+        total = add_taps(
+            total, x3, w3, tile, block, height, width, first_row, rows, x_pixel3, inputs3, outputs, dilation3,
+            TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    finish(
+        total, out, None, None, None, None, tile, block, width, rows, outputs, 0, out_pixel, 0,
+        "none", PATCH_H, PATCH_W, BLOCK_N,
+    )  # fmt: skip
+
+
+@triton.jit
+def _derivative(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        x = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    if ACTIVATION == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        x = s + x * s * (1.0 - s) * (1.5957691216057308 * (1.0 + 0.134145 * x * x))
+    return x
+
+
+@triton.jit
+def pass_activation(
+    grad, saved, scale, d_pre, activated, partial, count, slice_pixels, channels,
+    ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """d_pre = grad · activation'(saved) · scale, and beside it activation(saved) and sums of d_pre by slice.
+    `saved` is what entered the activation; for relu its result serves as well."""
+    channel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    has_channel = channel < channels
+    first = tl.program_id(1).to(tl.int64) * slice_pixels
+    last = tl.minimum(first + slice_pixels, count)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(first, last, BLOCK_M):
+        pixel = start + tl.arange(0, BLOCK_M).to(tl.int64)
+        at = pixel[:, None] * channels + channel[None, :]
+        mask = (pixel < last)[:, None] & has_channel[None, :]
+        value = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        if saved is not None:
+            entered = tl.load(saved + at, mask=mask, other=0.0).to(tl.float32)
+            if ACTIVATION == "relu":
+                value = tl.where(entered <= 0, 0.0, value)
+            elif ACTIVATION != "none":
+                value *= _derivative(entered, ACTIVATION)
+            if activated is not None:
+                tl.store(
+                    activated + at, activate(entered, ACTIVATION).to(activated.dtype.element_ty), mask=mask
+                )
+        if scale is not None:
+            value *= tl.load(scale + channel, mask=has_channel, other=0.0).to(tl.float32)[None, :]
+        if d_pre is not None:
+            tl.store(d_pre + at, value.to(d_pre.dtype.element_ty), mask=mask)
+        total += value
+    if partial is not None:
+        tl.store(partial + tl.program_id(1) * channels + channel, tl.sum(total, 0), mask=has_channel)
+
+
+@triton.jit
+def weight_gradient(
+    d_pre, x, partial, images, height, width, slices, outputs, inputs, dilation, d_pixel, x_pixel,
+    BLOCK_O: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """partial (slices, O, 9, C): of one tap, the sum over the pixels whose input lies inside the map."""
+    blocks_c = tl.cdiv(inputs, BLOCK_C)
+    block = tl.program_id(0)
+    tap, block = block % 9, block // 9
+    output = block // blocks_c * BLOCK_O + tl.arange(0, BLOCK_O)
+    channel = block % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    has_output, has_channel = output < outputs, channel < inputs
+    down, right = (tap // 3 - 1) * dilation, (tap % 3 - 1) * dilation
+    top, left = tl.maximum(-down, 0), tl.maximum(-right, 0)
+    rows = tl.maximum(height - tl.abs(down), 0)
+    columns = tl.maximum(width - tl.abs(right), 0)
+    count = images * rows * columns
+    slice_pixels = tl.cdiv(count, slices)
+    first = tl.program_id(1) * slice_pixels
+    last = tl.minimum(first + slice_pixels, count)
+    total = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+    for start in range(first, last, BLOCK_K):
+        i = start + tl.arange(0, BLOCK_K)
+        has_pixel = i < last
+        row = i // columns
+        y, column = top + row % rows, left + i % columns
+        pixel = ((row // rows).to(tl.int64) * height + y) * width + column
+        d_at = d_pre + pixel[:, None] * d_pixel + output[None, :]
+        d_tile = tl.load(d_at, mask=has_pixel[:, None] & has_output[None, :], other=0.0)
+        x_at = x + (pixel + down * width + right)[:, None] * x_pixel + channel[None, :]
+        x_tile = tl.load(x_at, mask=has_pixel[:, None] & has_channel[None, :], other=0.0)
+        total = tl.dot(tl.trans(d_tile), x_tile, total, input_precision=PRECISION)
+    row = tl.program_id(1).to(tl.int64) * outputs + output
+    at = partial + (row * 9 + tap)[:, None] * inputs + channel[None, :]
+    tl.store(at, total.to(partial.dtype.element_ty), mask=has_output[:, None] & has_channel[None, :])
+
+
+@triton.jit
+def finish_weight(partial, dw, slices, outputs, inputs, BLOCK_C: tl.constexpr):
+    """The slices in order, from (O, 9, C) to the weight's own (O, C, 3, 3)."""
+    blocks = tl.cdiv(inputs, BLOCK_C)
+    output = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    tap = tl.arange(0, 16)
+    mask = (tap < 9)[:, None] & (channel < inputs)[None, :]
+    at = partial + (output * 9 + tap)[:, None] * inputs + channel[None, :]
+    total = tl.zeros((16, BLOCK_C), tl.float32)
+    for _ in range(slices):
+        total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        at += outputs * 9 * inputs
+    to = dw + (output * inputs + channel)[None, :] * 9 + tap[:, None]
+    tl.store(to, total.to(dw.dtype.element_ty), mask=mask)
+
+
+def backward(
+    grad: Tensor,
+    features: list[Tensor],
+    weights: list[Tensor],
+    kept: Tensor,
+    scale: Tensor | None,
+    projection_weight: Tensor | None,
+    dilations: list[int],
+    activation: str,
+    mask: list[bool],
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+    """rskernels::dilated_aspp_backward: empty tensors for the gradients that nobody asks for."""
+    wants_maps, wants_weights = mask[: len(features)], mask[len(features) : -3]
+    wants_bias, wants_projection, wants_projection_bias = mask[-3:]
+    rows = pixels(grad).contiguous()
+    d_projection, d_projection_bias = grad.new_empty(0), grad.new_empty(0)
+    if wants_projection_bias:
+        d_projection_bias = rows.sum(0)
+    through = rows if projection_weight is None else rows @ projection_weight
+    saved = pixels(kept.permute(0, 3, 1, 2)).contiguous() if kept.dim() == 4 else None
+    activated = through.new_empty(through.shape) if wants_projection and activation != "none" else None
+    wants_pre = any(wants_maps) or any(wants_weights)
+    scale = None if scale is None else scale.contiguous()
+    d_pre, d_bias = _pass_activation(through, saved, scale, activated, activation, wants_pre, wants_bias)
+    if wants_projection:
+        entered = saved if activated is None else activated
+        assert entered is not None  # with a projection what enters the activation is always kept
+        d_projection = rows.T @ entered
+    slices = d_pre.split([len(weight) for weight in weights], 1) if wants_pre else [d_pre] * len(weights)
+    d_maps = _map_gradients(features, weights, slices, dilations, wants_maps)
+    d_weights = [
+        _weight_gradient(part, x, weight, dilation) if wanted else grad.new_empty(0)
+        for part, x, weight, dilation, wanted in zip(
+            slices, features * (len(weights) // len(features)), weights, dilations, wants_weights, strict=True
+        )
+    ]
+    return d_maps, d_weights, d_bias, d_projection, d_projection_bias
+
+
+def _pass_activation(
+    grad: Tensor,
+    saved: Tensor | None,
+    scale: Tensor | None,
+    activated: Tensor | None,
+    activation: str,
+    wants_pre: bool,
+    wants_bias: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the convolutions, (pixels, channels), and of their biases."""
+    same = activation == "none" and scale is None
+    count, channels = grad.shape
+    d_pre = grad.new_empty(grad.shape) if wants_pre and not same else None
+    slices = max(1, min(BIAS_SLICES, cdiv(count, BIAS_PIXELS)))
+    partial = grad.new_empty((slices, channels), dtype=torch.float32) if wants_bias else None
+    if d_pre is not None or partial is not None or activated is not None:
+        tuned = config("dilated_aspp_backward.pass_activation", dtype_class(grad.dtype), grad.device)
+        launch(
+            pass_activation,
+            (cdiv(channels, tuned["BLOCK_N"]), slices),
+            grad, None if activation == "none" else saved, scale, d_pre, activated, partial,
+            count, cdiv(count, slices), channels,
+            ACTIVATION=activation, **tuned,
+        )  # fmt: skip
+    d_bias = grad.new_empty(0) if partial is None else partial.sum(0).to(grad.dtype)
+    return grad if d_pre is None else d_pre, d_bias
+
+
+def _map_gradients(
+    features: list[Tensor],
+    weights: list[Tensor],
+    slices: Sequence[Tensor],
+    dilations: list[int],
+    wanted: list[bool],
+) -> list[Tensor]:
+    """In channels-last memory; a map that all branches share gets the sum of theirs."""
+    found, branches = [], []
+    images, _, height, width = features[0].shape
+    region = Region(images, height, width, 0, height)
+    parts = list(zip(slices, weights, dilations, strict=True))
+    for i, x in enumerate(features):
+        if not wanted[i]:
+            found.append(x.new_empty(0))
+            continue
+        out = x.new_empty(images, height, width, x.shape[1])
+        rows = out.view(-1, x.shape[1])
+        found.append(out.permute(0, 3, 1, 2))
+        readers = parts if len(features) == 1 else parts[i : i + 1]
+        group = [Branch(part, packed(weight), rows, dilation) for part, weight, dilation in readers]
+        if len(group) == 1:
+            branches += group
+        else:
+            _sum_branches(group, region)
+    run_branches(branches, region, transposed=True)
+    return found
+
+
+def _sum_branches(branches: list[Branch], region: Region) -> None:
+    out = branches[0].out
+    for i in range(0, len(branches), BRANCHES):
+        some = branches[i : i + BRANCHES]
+        constants = constants_of("convolve_sum", some, region)
+        tiles = (
+            region.images * cdiv(region.rows, constants["PATCH_H"]) * cdiv(region.width, constants["PATCH_W"])
+        )
+        into = out if i == 0 else torch.empty_like(out)
+        launch(
+            convolve_sum,
+            (tiles * cdiv(out.shape[1], constants["BLOCK_N"]),),
+            *four([branch.x for branch in some], None), *four([branch.weight for branch in some], None), into,
+            tiles, region.height, region.width, region.first_row, region.rows,
+            *four([branch.x.stride(0) for branch in some]), *four([branch.x.shape[1] for branch in some]),
+            out.shape[1], *four([branch.dilation for branch in some]), out.stride(0),
+            TRANSPOSED=True, **constants,
+        )  # fmt: skip
+        if i > 0:
+            out += into
+
+
+def _weight_gradient(d_pre: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    """(O, C, 3, 3) of one branch from its columns of the convolutions' gradient and its map."""
+    outputs, inputs = weight.shape[:2]
+    images, _, height, width = x.shape
+    tiles = 9 * cdiv(outputs, 128) * cdiv(inputs, 128)
+    slices = min(
+        cdiv(WEIGHT_TILES, max(tiles, 1)), cdiv(images * height * width, WEIGHT_PIXELS), WEIGHT_SLICES
+    )
+    slices = max(slices, 1)
+    # Rounded once: on the way to the sum of one slice, or after the sum of several.
+    dtype = weight.dtype if slices == 1 else torch.float32
+    partial = weight.new_empty((slices, outputs, 9, inputs), dtype=dtype)
+    shape_class = f"{dtype_class(weight.dtype)}/o{channel_class(outputs)}"
+    tuned = config("dilated_aspp_backward.weight_gradient", shape_class, x.device)
+    rows = pixels(x)
+    launch(
+        weight_gradient,
+        (9 * cdiv(outputs, tuned["BLOCK_O"]) * cdiv(inputs, tuned["BLOCK_C"]), slices),
+        d_pre, rows, partial, images, height, width, slices, outputs, inputs, dilation,
+        d_pre.stride(0), rows.stride(0),
+        PRECISION=dot_precision(weight.dtype), **tuned,
+    )  # fmt: skip
+    dw = weight.new_empty(weight.shape)
+    tuned = config("dilated_aspp_backward.finish_weight", dtype_class(weight.dtype), x.device)
+    blocks = outputs * cdiv(inputs, tuned["BLOCK_C"])
+    launch(finish_weight, (blocks,), partial, dw, slices, outputs, inputs, **tuned)
+    return dw
+
+
+def candidates(kernel: str, shape_class: str) -> list[dict[str, int]]:
+    """Configurations that the tuner tries for `kernel` ("convolve_sum") and `shape_class` ("half/o128")."""
+    if kernel == "pass_activation":
+        return [
+            {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps}
+            for m in (16, 32)
+            for n in (64, 128)
+            for warps in (4, 8)
+        ]
+    if kernel == "finish_weight":
+        return [{"BLOCK_C": c, "num_warps": warps} for c in (64, 128, 256) for warps in (2, 4)]
+    if kernel == "convolve_sum":
+        return convolve_candidates(kernel, shape_class)
+    dtype, outputs = shape_class.split("/o")
+    n = min(int(outputs), 64 if dtype == "float" else 128)
+    return [
+        {"BLOCK_O": n, "BLOCK_C": c, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for c in (64, 128)
+        for k in (32, 64)
+        for warps, stages in ((4, 2), (4, 3), (8, 3))
+    ]
+
+
+def examples() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The backward calls of the heads in dilated_aspp.EXAMPLES."""
+
+    def call(dtype: torch.dtype, channels: Sequence[int], outputs: int, projected: bool) -> None:
+        features, weights, projection = example_arguments(dtype, channels, outputs, projected)
+        kept = features[0].new_empty(2, 32, 32, 4 * outputs)
+        grad = features[0].new_empty(2, 32, 32, outputs if projected else 4 * outputs).permute(0, 3, 1, 2)
+        mask = [True] * (len(features) + 5) + [projected] * 2
+        activation = "gelu" if projected else "relu"
+        backward(grad, features, weights, kept, None, projection, [1, 6, 12, 18], activation, mask)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, *rest in EXAMPLES:
+            yield f"{name}, {str(dtype)[6:]}", functools.partial(call, dtype, *rest)
