@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import rasterio
 import torch
 import torch.nn.functional as F
 from PIL import Image as Pillow
 from torch import Tensor
 
-import rsmodels
 from rsmodels.cli import main
 from rsmodels.data import IGNORE
-from rsmodels.data.raster import gdal
 from rsmodels.evaluation import feature_maps
 from rsmodels.evaluation.feature_maps import (
     Held,
@@ -193,33 +191,23 @@ def test_colours_span_the_features_and_survive_flat_ones() -> None:
 # ----------------------------------------------------------------------------------------- the command line
 
 
-@pytest.fixture(scope="module")
-def best(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("run") / "best"
-    torch.manual_seed(0)
-    rsmodels.save_model(rsmodels.create_model("rs_sam_tiny", num_classes=6, image_size=64), folder)
-    return str(folder)
+@pytest.fixture
+def write_scene(write_raster: Any) -> Callable[..., str]:
+    """write_scene(path) -> the path of random pixels whose left quarter is zero."""
+
+    def write(path: Path, height: int = 100, width: int = 140, **options: Any) -> str:
+        pixels = np.random.default_rng(0).integers(1, 255, (3, height, width)).astype(np.uint8)
+        pixels[:, :, : width // 4] = 0
+        return str(write_raster(path, pixels, **options))
+
+    return write
 
 
-def write_scene(path: Path, height: int = 100, width: int = 140, **profile: Any) -> str:
-    pixels = np.random.default_rng(0).integers(1, 255, (3, height, width)).astype(np.uint8)
-    pixels[:, :, : width // 4] = 0
-    options = {"driver": "GTiff", "count": 3, "height": height, "width": width, "dtype": "uint8", **profile}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with gdal(), rasterio.open(path, "w", **options) as target:
-        target.write(pixels)
-    return str(path)
-
-
-def error_line(capsys: pytest.CaptureFixture) -> str:
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("rsmodels: error: ") and err.count("\n") == 1, (out, err)
-    return err.removeprefix("rsmodels: error: ").rstrip("\n")
-
-
-def test_pictures_of_a_scene(best: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_pictures_of_a_scene(
+    best: Path, tmp_path: Path, capsys: pytest.CaptureFixture, write_scene: Any
+) -> None:
     scene = write_scene(tmp_path / "scene.tif", nodata=0)
-    words = ["features", scene, "--model", best, "--layers", "1,3", "--output", str(tmp_path / "out")]
+    words = ["features", scene, "--model", str(best), "--layers", "1,3", "--output", str(tmp_path / "out")]
     assert main([*words, "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
     names = [
@@ -236,19 +224,20 @@ def test_pictures_of_a_scene(best: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "out" / "scene-layer-3-pca.png").read_bytes() == before
 
 
-def test_pictures_of_folders_and_of_an_ordinary_image(
-    best: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_pictures_of_folders_and_of_an_ordinary_image(best: Path, tmp_path: Path, write_scene: Any) -> None:
     for name in ("a/1.png", "a/2.png", "b/1.png"):
         write_scene(tmp_path / name, 64, 64, driver="PNG")
-    words = ["features", str(tmp_path / "a"), str(tmp_path / "b"), "--model", best, "--most", "1"]
+    words = ["features", str(tmp_path / "a"), str(tmp_path / "b"), "--model", str(best), "--most", "1"]
     assert main([*words, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
     assert len(list((tmp_path / "out" / "a").iterdir())) == len(list((tmp_path / "out" / "b").iterdir())) == 3
 
 
-def test_pictures_of_a_data_sets_domain(best: str, tmp_path: Path) -> None:
+def test_pictures_of_a_data_sets_domain(best: Path, tmp_path: Path) -> None:
     words = ["features", "region=coast", "--data", "synthetic", "--data-args.size", "64", "--most", "1"]
-    assert main([*words, "--model", best, "--output", str(tmp_path), "--layers", "2", "--device", "cpu"]) == 0
+    assert (
+        main([*words, "--model", str(best), "--output", str(tmp_path), "--layers", "2", "--device", "cpu"])
+        == 0
+    )
     (folder,) = tmp_path.iterdir()
     assert folder.name == "region=coast" and len(list(folder.iterdir())) == 3
 
@@ -273,10 +262,11 @@ def test_pictures_of_a_data_sets_domain(best: str, tmp_path: Path) -> None:
 def test_what_is_wrong_is_one_line_and_2(
     words: str,
     message: str,
-    best: str,
+    best: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture,
     fake_umap: list[Any],
+    write_scene: Any,
+    error_line: Any,
 ) -> None:
     (tmp_path / "empty").mkdir()
     places = {
@@ -285,21 +275,20 @@ def test_what_is_wrong_is_one_line_and_2(
         "EMPTY": str(tmp_path / "empty"),
     }
     chosen = [places.get(word, word) for word in words.split()]
-    for option, value in (("--model", best), ("--output", str(tmp_path / "out"))):
+    for option, value in (("--model", str(best)), ("--output", str(tmp_path / "out"))):
         if option not in chosen:
             chosen += [option, value]
     assert main(["features", *chosen, "--device", "cpu"]) == 2
-    assert message in error_line(capsys)
+    assert message in error_line()
     assert not (tmp_path / "out").exists()
 
 
-def test_a_scene_without_a_pixel_is_said(best: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = tmp_path / "empty.tif"
-    options = {"driver": "GTiff", "count": 3, "height": 64, "width": 64, "dtype": "uint8", "nodata": 0}
-    with gdal(), rasterio.open(path, "w", **options) as target:
-        target.write(np.zeros((3, 64, 64), np.uint8))
-    assert main(["features", str(path), "--model", best, "--output", str(tmp_path / "out")]) == 2
-    assert "every pixel of the images is nodata" in error_line(capsys)
+def test_a_scene_without_a_pixel_is_said(
+    best: Path, tmp_path: Path, write_raster: Any, error_line: Any
+) -> None:
+    path = write_raster(tmp_path / "empty.tif", np.zeros((3, 64, 64), np.uint8), nodata=0)
+    assert main(["features", str(path), "--model", str(best), "--output", str(tmp_path / "out")]) == 2
+    assert "every pixel of the images is nodata" in error_line()
 
 
 # ---------------------------------------------------------------------------------------- several domains
@@ -323,14 +312,14 @@ def fake_umap(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_two_domains_in_one_plane(
-    best: str, tmp_path: Path, fake_umap: list[Any], capsys: pytest.CaptureFixture
+    best: Path, tmp_path: Path, fake_umap: list[Any], capsys: pytest.CaptureFixture
 ) -> None:
     words = (
         "features bands=rgb bands=irrg --data synthetic --data-args.size 64 --data-args.length 3 --compare"
     )
     options = [
         "--model",
-        best,
+        str(best),
         "--output",
         str(tmp_path),
         "--points",
@@ -350,20 +339,23 @@ def test_two_domains_in_one_plane(
     assert all(array.shape[1] == 128 and 36 <= len(array) <= 42 for array in features)
 
 
-def test_two_scenes_in_one_plane(best: str, tmp_path: Path, fake_umap: list[Any]) -> None:
+def test_two_scenes_in_one_plane(best: Path, tmp_path: Path, fake_umap: list[Any], write_scene: Any) -> None:
     scenes = [write_scene(tmp_path / name / "scene.tif", 64, 64) for name in ("a", "b")]
-    words = ["features", *scenes, "--compare", "--model", best, "--output", str(tmp_path / "out")]
+    words = ["features", *scenes, "--compare", "--model", str(best), "--output", str(tmp_path / "out")]
     assert main([*words, "--points", "5", "--device", "cpu"]) == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["umap-layer-3.png"]
     assert fake_umap[0]["n_neighbors"] == 9 and len(fake_umap[1]) == 10
 
 
 def test_without_umap_the_way_out_is_said(
-    best: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_line: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, "umap", None)
-    assert main(["features", "a.tif", "b.tif", "--compare", "--model", best, "--output", str(tmp_path)]) == 2
-    line = error_line(capsys)
+    assert (
+        main(["features", "a.tif", "b.tif", "--compare", "--model", str(best), "--output", str(tmp_path)])
+        == 2
+    )
+    line = error_line()
     assert line.startswith("--compare needs umap-learn") and line.endswith('pip install "rsmodels[viz]"')
 
 
