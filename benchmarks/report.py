@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ from benchmarks.measure import Case, copy_bandwidth, first_calls, machine, matri
 from rsmodels.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
+FIGURES = 6  # significant ones of every number that is written: timings repeat to two or three
 
 
 def run_case(case: Case, memory: bool = True) -> dict[str, object]:
@@ -105,6 +107,15 @@ def _against_best(row: Mapping) -> str:
     return f"{row['ratio'][best]:.2f}x {best}" if best else "no peer"
 
 
+def rounded(value: Any) -> Any:
+    """Results with every float in them at FIGURES significant figures."""
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.{FIGURES}g}") if isinstance(value, float) else value
+
+
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table, and under it why candidates are missing from it."""
     lines = ["| case | ours | best peer | each peer | share of roofline | peak MiB, ours / peers |",
@@ -168,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\n## {suite}\n\n{table(figures['cases'])}\n", flush=True)
             if not options.match:  # after every suite: what took minutes survives a later crash
                 results["suites"][suite] = figures
-                write_json(path, results)
+                write_json(path, rounded(results))
                 suite_chart(results, suite, path.with_name(f"{options.name}-{suite}.png"))
                 overview_chart(results, path.with_suffix(".png"))
     except KeyboardInterrupt:

@@ -245,6 +245,9 @@ def test_folders_and_outputs_that_do_not_serve(tmp_path: Path, capsys: pytest.Ca
     assert "give a folder of images, or --data synthetic" in capsys.readouterr().err
     assert main(["style-stats", "--data", "synthetic", "--bands", "1,2,3", "--output", str(output)]) == 2
     assert "--bands: has no meaning for generated scenes" in capsys.readouterr().err
+    (tmp_path / "folder.json").mkdir()
+    assert main(words(tmp_path / "empty", tmp_path / "folder.json")) == 2
+    assert "folder.json: is a folder; give a file name" in capsys.readouterr().err
     output.write_text("{}")
     assert main(words(tmp_path / "empty", output)) == 2
     assert "already exists" in capsys.readouterr().err and output.read_text() == "{}"

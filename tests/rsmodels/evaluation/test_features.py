@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image as Pillow
+from rasterio.windows import Window
 from torch import Tensor
 
 from rsmodels.cli import main
@@ -25,6 +27,7 @@ from rsmodels.evaluation.feature_maps import (
     overview,
     sample_features,
     spread,
+    tile_maps,
 )
 from rsmodels.evaluation.feature_pictures import Basis, plane_figure
 from rsmodels.evaluation.layers import Layers
@@ -113,6 +116,27 @@ def test_empty_pixels_are_not_drawn() -> None:
     assert not seen[:, :8].any() and seen[:, 8:].all()
     expected = F.avg_pool2d(torch.from_numpy(image.pixels), 16).numpy()
     np.testing.assert_allclose(drawn[0, :2, :, 8:], expected[:, :, 8:], rtol=1e-5)
+
+
+def test_empty_tiles_take_no_memory_until_the_batch_is_full() -> None:
+    class Strip:
+        """A scene whose first and last tiles alone have pixels."""
+
+        size = (64, 64 * 3000)
+
+        def read(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+            filled = window.col_off in (0, 64 * 2999)
+            return np.ones((2, 64, 64), np.float32), np.full((64, 64), filled)
+
+    corners = ((left, 0, left) for left in range(0, 64 * 3000, 64))
+    tracemalloc.start()
+    try:
+        tiles = [(left, bool(maps)) for left, _, maps in tile_maps(pooling(16), Strip(), corners, 2)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tiles == [(left, left in (0, 64 * 2999)) for left in range(0, 64 * 3000, 64)]
+    assert peak < 3000 * 64 * 64 / 4, f"{peak} bytes; their masks are four times that bound"
 
 
 @pytest.mark.parametrize(("size", "longest"), [((90, 70), 128), ((130, 70), 128), ((700, 300), 64)])
