@@ -23,7 +23,6 @@ from rsmodels.registry import register_encoder
 from rsmodels.weights import LoadReport
 
 PATCH_SIZES = (14, 16)
-PRETRAINED_GRID = 37  # Meta's position embeddings: 518 pixels of patch 14
 
 
 class DinoViT(PlainViT):
