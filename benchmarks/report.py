@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,6 +48,7 @@ except ModuleNotFoundError as error:  # figures without pictures
     charts = None  # type: ignore[assignment]
 
 RESULTS = Path(__file__).parent / "results"
+FIGURES = 6  # significant ones of every number that is written: timings repeat to two or three
 
 
 def run_case(case: Case, memory: bool = True, budget: float = 2.0) -> dict[str, object]:
@@ -126,6 +128,15 @@ def _against_best(row: Mapping) -> str:
     return f"{row['ratio'][best]:.2f}x {best}" if best else "no peer"
 
 
+def rounded(value: Any) -> Any:
+    """Results with every float in them at FIGURES significant figures."""
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [rounded(item) for item in value]
+    return float(f"{value:.{FIGURES}g}") if isinstance(value, float) else value
+
+
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table, and under it why candidates are missing from it."""
     lines = ["| case | ours | best peer | each peer | share of roofline | peak MiB, ours / peers |",
@@ -198,7 +209,7 @@ def _report(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int
             print(f"\n## {suite}\n\n{table(figures['cases'])}\n", flush=True)
             if not options.match:  # after every suite: what took minutes survives a later crash
                 results["suites"][suite] = figures
-                write_json(path, results)
+                write_json(path, rounded(results))
                 if charts is not None:
                     charts.suite_chart(results, suite, path.with_name(f"{path.stem}-{suite}.png"))
                     charts.overview_chart(results, path.with_suffix(".png"))

@@ -115,6 +115,22 @@ def _hold(path: Path, held: str | os.PathLike[str], kind: str) -> IO[str]:
     return lock
 
 
+def check_output(output: str | os.PathLike[str], suffix: str) -> None:
+    """Asked before long work: whether its end can be to write the file `output`, whose folder is made.
+
+    A name that does not end in `suffix`, or is a folder's, is a ValueError, a folder that nobody can write
+    into a PermissionError; both name the option --output.
+    """
+    path = Path(output)
+    if path.suffix != suffix:
+        raise ValueError(f"--output {path}: expected a file name that ends in {suffix}")
+    if path.is_dir():
+        raise ValueError(f"--output {path}: is a folder; give a file name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"--output {path}: the folder {path.parent} is not writable")
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` (UTF-8) to `path`, all or nothing."""
     with atomic_path(path) as temporary:

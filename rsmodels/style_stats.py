@@ -26,6 +26,7 @@ from rsmodels.data.raster import gdal
 from rsmodels.data.synthetic.domains import BANDS
 from rsmodels.data.synthetic.gaps import left_out
 from rsmodels.evaluation.inference import pick_device
+from rsmodels.files import check_output
 from rsmodels.pretraining.scenes import Place, SceneStream, places
 from rsmodels.style import VALUE_RANGE, RunningMoments, StyleModel, StyleStatistics, create_style
 from rsmodels.training.build import reader_processes
@@ -288,11 +289,6 @@ def _check(config: StyleStatsConfig) -> None:
         raise ValueError(
             f"--value-range {config.value_range:g}: expected the raw value that is white, above 0"
         )
-    output = Path(config.output)
-    if output.suffix != ".json":
-        raise ValueError(f"--output {output}: expected a file name that ends in .json")
-    if output.exists():
-        raise ValueError(f"--output {output}: already exists; give another name, or remove it")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(output.parent, os.W_OK):
-        raise PermissionError(f"--output {output}: the folder {output.parent} is not writable")
+    check_output(config.output, ".json")
+    if Path(config.output).exists():
+        raise ValueError(f"--output {config.output}: already exists; give another name, or remove it")

@@ -89,6 +89,12 @@ def test_floor():
     assert case().floor(1, 1) == 0
 
 
+def test_figures_are_rounded_and_counts_are_not():
+    figures = {"ms": [{"a": 1234567.8}, {"a": 0.000123456789}], "n": 12345678, "at": "1.0000001"}
+    found = report.rounded(figures)
+    assert found == {"ms": [{"a": 1234570.0}, {"a": 0.000123457}], "n": 12345678, "at": "1.0000001"}
+
+
 def test_report_writes_figures_and_charts(tmp_path, monkeypatch, capsys):
     passes = [case(f"{which}, tiny") for which in PASSES]
     bad = case("forward, wrong", lambda: calls(rskernels=lambda: torch.zeros(4)))
@@ -116,6 +122,7 @@ def test_report_writes_figures_and_charts(tmp_path, monkeypatch, capsys):
     assert stored["machine"]["torch"] == torch.__version__ and "timm" in stored["machine"]["peers"]
     assert [row["case"] for row in stored["suites"]["one"]["cases"]] == [c.name for c in (*passes, bad)]
     assert stored["suites"]["two"]["date"]
+    assert report.rounded(stored) == stored  # no figure is longer than it can be meant
 
     # One suite again: the other keeps its figures, unless the machine or a version is another one.
     assert report.main(["--name", "here", "one"]) == 0

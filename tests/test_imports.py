@@ -108,14 +108,27 @@ def test_nobody_touches_sys_path(path: Path) -> None:
     assert "sys.path" not in path.read_text(encoding="utf-8")
 
 
-def test_models_need_torch_and_numpy_only() -> None:
-    """`import rsmodels` and building a model work on a machine with none of the I/O packages."""
-    hidden = ["rasterio", "jsonargparse", "matplotlib", "yaml", "tqdm", "PIL", "scipy", "timm", "torchvision"]
+# What reads and writes files, and what timm brings along.
+IO_PACKAGES = ["rasterio", "jsonargparse", "matplotlib", "scipy"]
+TIMM_PACKAGES = ["timm", "torchvision", "PIL", "yaml", "tqdm", "huggingface_hub"]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "ktda"),
+    [([*IO_PACKAGES, *TIMM_PACKAGES], False), (IO_PACKAGES, True)],
+    ids=["all but KTDA", "KTDA, whose students are timm's"],
+)
+def test_models_run_without_the_packages_for_files(hidden: list[str], ktda: bool) -> None:
+    """`import rsmodels`, building a model and running it take torch, numpy and safetensors; for KTDA timm."""
     code = (
         "import sys\n"
         f"for name in {hidden!r}: sys.modules[name] = None\n"
-        "import rsmodels\n"
-        "rsmodels.create_model('rs_sam_tiny', num_classes=2)\n"
+        "import rsmodels, torch\n"
+        f"names = [n for n in rsmodels.list_models('*_tiny') if n.startswith('ktda') == {ktda}]\n"
+        "assert names\n"
+        "for name in names:\n"
+        "    model = rsmodels.create_model(name, num_classes=2, image_size=64).eval()\n"
+        "    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 2, 64, 64), name\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

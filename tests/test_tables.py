@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from benchmarks import tables
+from benchmarks.experiments import compare
+from benchmarks.experiments.compare import RESULTS
 from rsmodels.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITES: dict[str, Any] = read_json(tables.RESULTS)["suites"]
-OPERATORS = [suite for suite in SUITES if suite not in ("models", "ktda")]
+OPERATORS = [suite for suite in SUITES if suite not in ("models", "ktda", "crossearth")]
 
 
 @pytest.mark.parametrize("suite", OPERATORS)
@@ -49,6 +51,15 @@ def test_readmes_ratios_are_the_reports(begins: str) -> None:
         for printed in re.findall(r"([\d.]+)x", cell):
             decimals = len(printed.partition(".")[2])
             assert any(f"{ratio:.{decimals}f}" == printed for ratio in ratios.values()), (row, printed)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "page"), [("crossearth_ladder", "crossearth"), ("ktda_transfer", "ktda")]
+)
+def test_an_experiments_table_is_its_runs(experiment: str, page: str) -> None:
+    runs = read_json(RESULTS / f"{experiment}.json")["runs"]
+    expected = compare.table(list(dict.fromkeys(run["variant"] for run in runs)), runs)
+    assert expected in (ROOT / "docs" / "methods" / f"{page}.md").read_text(encoding="utf-8")
 
 
 def test_a_table_is_made_of_what_the_report_has() -> None:

@@ -182,19 +182,13 @@ def _check(
                 f"dilated_aspp: weights[{i}] has shape {tuple(weight.shape)}; "
                 f"expected (O, {x.shape[1]}, 3, 3)"
             )
-        if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(
-                f"dilated_aspp: biases[{i}] has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)"
-            )
+        _check_vector(f"biases[{i}]", bias, weight.shape[0])
         if dilation < 1:
             raise ValueError(f"dilated_aspp: dilations[{i}] is {dilation}; expected at least 1")
     channels = sum(weight.shape[0] for weight in weights)
     if scale_shift is not None:
         for name, tensor in zip(("scale", "shift"), scale_shift, strict=True):
-            if tuple(tensor.shape) != (channels,):
-                raise ValueError(
-                    f"dilated_aspp: {name} has shape {tuple(tensor.shape)}; expected ({channels},)"
-                )
+            _check_vector(name, tensor, channels)
             if tensor.requires_grad:
                 raise ValueError(
                     f"dilated_aspp: {name} requires grad; a folded norm is for inference, detach it"
@@ -205,10 +199,12 @@ def _check(
             raise ValueError(
                 f"dilated_aspp: projection weight has shape {tuple(weight.shape)}; expected (P, {channels})"
             )
-        if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-            raise ValueError(
-                f"dilated_aspp: projection bias has shape {tuple(bias.shape)}; expected ({weight.shape[0]},)"
-            )
+        _check_vector("projection bias", bias, weight.shape[0])
+
+
+def _check_vector(name: str, tensor: Tensor | None, length: int) -> None:
+    if tensor is not None and tuple(tensor.shape) != (length,):
+        raise ValueError(f"dilated_aspp: {name} has shape {tuple(tensor.shape)}; expected ({length},)")
 
 
 # ---------------------------------------------------------------- registration

@@ -3,8 +3,8 @@
     0 done    1 a check found errors    2 bad input or usage    3 some inputs failed, the rest are done
     130 interrupted
 
-What a user can put right is one line on stderr; --debug shows the traceback as well. This file is light: the
-commands themselves, and with them torch, are imported when one is chosen.
+What a user can put right is one line on stderr; --debug shows the traceback as well. The commands themselves,
+and with them rasterio, matplotlib and SciPy, are imported when one is chosen.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 import rsmodels
 from rsmodels.cli.options import UsageError, parse
 
@@ -33,7 +35,6 @@ COMMANDS = {
     "check-data": "look at every file of a data set for what would spoil a training",
     "models": "list the models and their sizes",
 }
-OUT_OF_MEMORY = "OutOfMemoryError"  # torch's class, by name: torch may not be imported yet
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,7 +76,8 @@ def _run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         advice = f"did you mean {near[0]}?" if near else f"choose from {', '.join(COMMANDS)}"
         raise UsageError(f"command {command!r} is not known; {advice}")
-    # By name, when it is wanted: importing torch takes a second, and `rsmodels --help` should not.
+    # By name, when it is wanted: what reads rasters and draws takes about as long to import as torch,
+    # and `rsmodels --help` needs none of it.
     commands = importlib.import_module("rsmodels.cli.commands")
     run = getattr(commands, command.replace("-", "_"))
     return run(parse(command, COMMANDS[command], run, arguments[1:]))
@@ -103,7 +105,7 @@ def _one_line(error: Exception) -> str | None:
         return f"{error.filename or 'output'}: no space left on the disk; free some, or write to another"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, MemoryError) or type(error).__name__ == OUT_OF_MEMORY:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return "out of memory; try a smaller --batch-size or tile"
     if isinstance(error, ValueError | OSError):
         return " ".join(str(error).split())

@@ -8,26 +8,24 @@ rskernels.rel_pos_attention without tables, the token sequence as a grid of one 
 Shapes: B batch, H/W pixels, h/w patches, R registers, N = 1 + R + h·w tokens, D embedding.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from rsmodels.encoders.dinov2_weights import load_dinov2
-from rsmodels.encoders.features import FeatureBackbone
-from rsmodels.layers import FeedForward, LayerNorm, Linear, PatchEmbed, SelfAttention, image_size_pair
+from rsmodels.encoders.plain_vit import PlainViT
+from rsmodels.encoders.positions import resize_position_embedding, saved_grid
+from rsmodels.layers import FeedForward, LayerNorm, Linear, SelfAttention
 from rsmodels.registry import register_encoder
 from rsmodels.weights import LoadReport
 
 PATCH_SIZES = (14, 16)
-PRETRAINED_GRID = 37  # Meta's position embeddings: 518 pixels of patch 14
 
 
-class DinoViT(nn.Module):
+class DinoViT(PlainViT):
     """images (B, 3, H, W) → tokens (B, N, D) after the final norm: class token, registers, patches.
 
     Args:
@@ -52,16 +50,10 @@ class DinoViT(nn.Module):
         swiglu: bool = False,
         antialias: bool | None = None,
     ) -> None:
-        super().__init__()
         if patch_size not in PATCH_SIZES:
             raise ValueError(f"patch_size={patch_size}: expected 14, as DINOv2 was trained with, or 16")
-        self.image_size = image_size_pair(image_size, multiple_of=patch_size)
-        self.patch_size = patch_size
-        self.grid_size = (self.image_size[0] // patch_size, self.image_size[1] // patch_size)
-        self.embed_dim = embed_dim
+        super().__init__(embed_dim, image_size=image_size, patch_size=patch_size, prefix_tokens=1 + registers)
         self.antialias = registers > 0 if antialias is None else antialias
-
-        self.patch_embed = PatchEmbed(3, embed_dim, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid_size[0] * self.grid_size[1], embed_dim))
@@ -69,72 +61,15 @@ class DinoViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads=num_heads, swiglu=swiglu) for _ in range(depth)
         )
-        self.norm: nn.Module = LayerNorm(embed_dim)
-        self.activation_checkpointing = False
+        self.norm = LayerNorm(embed_dim)
 
-    @property
-    def prefix_tokens(self) -> int:
-        """Tokens before the patches: the class token and the registers."""
-        return 1 + (0 if self.register_tokens is None else self.register_tokens.shape[1])
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.embed(images)
-        for block in self.blocks:
-            x = self.run_block(block, x)
-        return self.norm(x)
-
-    def embed(self, images: Tensor) -> Tensor:
-        """What enters the first block: (B, N, D)."""
-        if images.shape[1:] != (3, *self.image_size):
-            raise ValueError(
-                f"images of shape {tuple(images.shape)}: this model takes (B, 3, {self.image_size[0]}, "
-                f"{self.image_size[1]}); resize or tile the images, or create the model with their "
-                "image_size="
-            )
-        patches = self.patch_embed(images).flatten(1, 2)
-        cls_token = self.cls_token.expand(images.shape[0], -1, -1)
-        x = torch.cat([cls_token, patches], dim=1) + self.pos_embed
+    def to_tokens(self, patches: Tensor) -> Tensor:
+        batch, patches = patches.shape[0], patches.flatten(1, 2)
+        x = torch.cat([self.cls_token.expand(batch, -1, -1), patches], dim=1) + self.pos_embed
         if self.register_tokens is None:
             return x
         # Registers have no position.
-        return torch.cat([x[:, :1], self.register_tokens.expand(images.shape[0], -1, -1), x[:, 1:]], dim=1)
-
-    def run_block(self, block: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """`block(x)`, recomputed in backward where activation checkpointing is on."""
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
-
-    def forward_intermediates(
-        self,
-        images: Tensor,
-        indices: Sequence[int],
-        *,
-        normed: Sequence[int] = (),
-        after_block: Callable[[Tensor, int], Tensor] | None = None,
-    ) -> list[Tensor]:
-        """The patch tokens after the blocks `indices` (ascending), as maps (B, D, h, w); no later block runs.
-
-        normed: those of the indices whose map is to pass the final norm (Meta's own use norms every map, the
-        papers of this library the last one or none).
-        after_block: what to make of the tokens (B, N, D) after every block, given its index, before they are
-        taken as features and go on to the next one.
-        """
-        x = self.embed(images)
-        features = []
-        for i, block in enumerate(self.blocks):
-            x = self.run_block(block if after_block is None else _followed(block, after_block, i), x)
-            if i in indices:
-                tokens = (self.norm(x) if i in normed else x)[:, self.prefix_tokens :]
-                features.append(tokens.transpose(1, 2).unflatten(2, self.grid_size))
-            if i == indices[-1]:
-                break
-        return features
-
-    def features_only(self, out_indices: Sequence[int]) -> FeatureBackbone:
-        """This encoder as a timm-like backbone of raw maps; see rsmodels.create_backbone."""
-        self.norm = nn.Identity()  # every parameter left is used
-        return FeatureBackbone(self, out_indices, reduction=self.patch_size)
+        return torch.cat([x[:, :1], self.register_tokens.expand(batch, -1, -1), x[:, 1:]], dim=1)
 
     def resize_state(
         self, state: dict[str, Tensor], prefix: str = "", *, saved_size: Sequence[int] | None = None
@@ -153,26 +88,17 @@ class DinoViT(nn.Module):
             state[key] = resize_patch_embedding(state[key], self.patch_size)
         key = f"{prefix}pos_embed"
         if key in state:
-            grid = saved_grid(key, state[key], patch_size, saved_size)
+            grid = saved_grid(key, state[key], patch_size=patch_size, saved_size=saved_size, class_token=True)
             if grid != self.grid_size:
-                h, w = self.grid_size
-                changed[key] = f"{grid[0]}x{grid[1]} → {h}x{w} patches, bicubic"
-                state[key] = resize_position_embedding(state[key], grid, self.grid_size, self.antialias)
+                changed[key] = "{}x{} → {}x{} patches, bicubic".format(*grid, *self.grid_size)
+                state[key] = resize_position_embedding(
+                    state[key], grid, self.grid_size, antialias=self.antialias, class_token=True
+                )
         return changed
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block's activations in backward instead of keeping them."""
-        self.activation_checkpointing = enabled
 
     def load_pretrained(self, source: str) -> LoadReport:
         """Load a DINOv2 checkpoint (a file or a hub id) in Meta's, timm's or transformers' layout."""
         return load_dinov2(self, source)
-
-
-def _followed(
-    block: nn.Module, after_block: Callable[[Tensor, int], Tensor], index: int
-) -> Callable[[Tensor], Tensor]:
-    return lambda x: after_block(block(x), index)
 
 
 class Block(nn.Module):
@@ -222,38 +148,6 @@ def resize_patch_embedding(weight: Tensor, patch_size: int) -> Tensor:
     size = (patch_size, patch_size)
     resized = F.interpolate(weight.float(), size=size, mode="bicubic", align_corners=False)
     return resized.to(weight.dtype)
-
-
-def saved_grid(
-    key: str, pos_embed: Tensor, patch_size: int, saved_size: Sequence[int] | None
-) -> tuple[int, int]:
-    """The grid (h, w) of the position embeddings `key`; ValueError where nothing says it for certain."""
-    rows = pos_embed.shape[1] - 1
-    if saved_size is not None:
-        grid = -(-saved_size[0] // patch_size), -(-saved_size[1] // patch_size)
-        if grid[0] * grid[1] != rows:
-            raise ValueError(
-                f"{key} has {rows} positions after the class token's; images of {saved_size[0]}x"
-                f"{saved_size[1]} pixels have {grid[0]}x{grid[1]} patches of {patch_size}; keep model.json "
-                "and model.safetensors of one save together"
-            )
-        return grid
-    side = math.isqrt(rows)
-    if side * side != rows:
-        raise ValueError(
-            f"{key} has {rows} positions after the class token's; expected a square grid, as nothing says "
-            "the grid of this state; load a saved model by its folder, with rsmodels.load_model"
-        )
-    return side, side
-
-
-def resize_position_embedding(
-    pos_embed: Tensor, saved: tuple[int, int], grid_size: tuple[int, int], antialias: bool
-) -> Tensor:
-    """(1, 1 + saved h·w, D) → (1, 1 + h·w, D), bicubic; the class token's row stays."""
-    grid = pos_embed[:, 1:].float().unflatten(1, saved).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=grid_size, mode="bicubic", antialias=antialias, align_corners=False)
-    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
 
 
 @register_encoder

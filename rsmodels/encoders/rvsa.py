@@ -10,30 +10,30 @@ Shapes: B batch, H/W pixels, h/w tokens, N = h·w, D embedding, n heads, d = D /
 r/c rows and columns of windows, M = B·r·c windows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import rskernels
-from rsmodels.encoders.features import FeatureBackbone
-from rsmodels.encoders.rvsa_weights import (
-    load_rvsa,
+from rsmodels.encoders.plain_vit import PlainViT
+from rsmodels.encoders.positions import (
+    global_tables,
     resize_position_embedding,
-    resize_relative_table,
+    resize_relative_tables,
     saved_grid,
 )
-from rsmodels.layers import FeedForward, LayerNorm, Linear, PatchEmbed, image_size_pair
+from rsmodels.encoders.rvsa_weights import load_rvsa
+from rsmodels.layers import FeedForward, LayerNorm, Linear
 from rsmodels.registry import register_encoder
 from rsmodels.weights import LoadReport
 
 PATCH_SIZE = 16
 
 
-class RVSAViT(nn.Module):
+class RVSAViT(PlainViT):
     """images (B, 3, H, W) → tokens (B, N, D) after the final norm.
 
     MTP itself taps blocks raw (3, 5, 7, 11 of ViT-B; 7, 11, 15, 23 of ViT-L) and never runs the final norm.
@@ -45,9 +45,6 @@ class RVSAViT(nn.Module):
         window_size: side of the other blocks' windows, in tokens.
     """
 
-    prefix_tokens = 0
-    patch_size = PATCH_SIZE
-
     def __init__(
         self,
         embed_dim: int,
@@ -58,15 +55,11 @@ class RVSAViT(nn.Module):
         image_size: int | tuple[int, int] = 512,
         window_size: int = 7,
     ) -> None:
-        super().__init__()
         if window_size < 2:
             raise ValueError(f"window_size={window_size}: expected a side of at least 2 tokens; MTP's is 7")
-        self.image_size = image_size_pair(image_size, multiple_of=PATCH_SIZE)
-        self.grid_size = (self.image_size[0] // PATCH_SIZE, self.image_size[1] // PATCH_SIZE)
-        self.embed_dim = embed_dim
+        super().__init__(embed_dim, image_size=image_size, patch_size=PATCH_SIZE)
         self.global_blocks = tuple(global_blocks)
 
-        self.patch_embed = PatchEmbed(3, embed_dim, PATCH_SIZE)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid_size[0] * self.grid_size[1], embed_dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.blocks = nn.ModuleList(
@@ -79,70 +72,10 @@ class RVSAViT(nn.Module):
             )
             for i in range(depth)
         )
-        self.norm: nn.Module = LayerNorm(embed_dim)
-        self.activation_checkpointing = False
+        self.norm = LayerNorm(embed_dim)
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.embed(images)
-        for i, block in enumerate(self.blocks):
-            x = self.run_block(block, x, i)
-        return self.norm(x)
-
-    def embed(self, images: Tensor) -> Tensor:
-        """What enters the first block: (B, N, D)."""
-        if images.shape[1:] != (3, *self.image_size):
-            raise ValueError(
-                f"images of shape {tuple(images.shape)}: this model takes (B, 3, {self.image_size[0]}, "
-                f"{self.image_size[1]}); resize or tile the images, or create the model with their "
-                "image_size="
-            )
-        return self.patch_embed(images).flatten(1, 2) + self.pos_embed
-
-    def run_block(
-        self,
-        block: nn.Module,
-        x: Tensor,
-        index: int,
-        after_block: Callable[[Tensor, int], Tensor] | None = None,
-    ) -> Tensor:
-        """`after_block(block(x), index)`, recomputed in backward where activation checkpointing is on."""
-
-        def run(x: Tensor) -> Tensor:
-            x = block(x)
-            return x if after_block is None else after_block(x, index)
-
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, x, use_reentrant=False)
-        return run(x)
-
-    def forward_intermediates(
-        self,
-        images: Tensor,
-        indices: Sequence[int],
-        *,
-        normed: Sequence[int] = (),
-        after_block: Callable[[Tensor, int], Tensor] | None = None,
-    ) -> list[Tensor]:
-        """The tokens after the blocks `indices` (ascending), as maps (B, D, h, w); no later block runs.
-
-        normed: those of the indices whose map is to pass the final norm.
-        after_block: (tokens (B, N, D), index of the block) → tokens, what the next block and the map get.
-        """
-        x = self.embed(images)
-        features = []
-        for i, block in enumerate(self.blocks):
-            x = self.run_block(block, x, i, after_block)
-            if i in indices:
-                tokens = self.norm(x) if i in normed else x
-                features.append(tokens.transpose(1, 2).unflatten(2, self.grid_size))
-            if i == indices[-1]:
-                break
-        return features
-
-    def features_only(self, out_indices: Sequence[int]) -> FeatureBackbone:
-        """This encoder as a timm-like backbone of raw maps; see rsmodels.create_backbone."""
-        self.norm = nn.Identity()  # every parameter left is used
-        return FeatureBackbone(self, out_indices, reduction=PATCH_SIZE)
+    def to_tokens(self, patches: Tensor) -> Tensor:
+        return patches.flatten(1, 2) + self.pos_embed
 
     def resize_state(
         self, state: dict[str, Tensor], prefix: str = "", *, saved_size: Sequence[int] | None = None
@@ -156,30 +89,16 @@ class RVSAViT(nn.Module):
             the grid of its positions; where the state has none this does, or else it has to be a square.
         """
         changed = {}
-        tables = {
-            f"{prefix}blocks.{i}.attn.rel_pos_{axis}": size
-            for i in self.global_blocks
-            for axis, size in zip("hw", self.grid_size, strict=True)
-        }
-        told = None if saved_size is None else (saved_size[0] // PATCH_SIZE, saved_size[1] // PATCH_SIZE)
+        tables = global_tables(prefix, self.global_blocks, self.grid_size)
         lengths = [len(state[key]) for key in tables if key in state]
-        if len(lengths) >= 2:
-            told = (lengths[0] // 2 + 1, lengths[1] // 2 + 1)
+        told = (lengths[0] // 2 + 1, lengths[1] // 2 + 1) if len(lengths) >= 2 else None
         key = f"{prefix}pos_embed"
         if key in state and state[key].ndim == 3:
-            grid = saved_grid(key, state[key], told)
+            grid = saved_grid(key, state[key], patch_size=PATCH_SIZE, saved_size=saved_size, tables=told)
             if grid != self.grid_size:
                 changed[key] = "{}x{} → {}x{} tokens, bicubic".format(*grid, *self.grid_size)
                 state[key] = resize_position_embedding(state[key], grid, self.grid_size)
-        for key, size in tables.items():
-            if key in state and state[key].ndim == 2 and len(state[key]) != 2 * size - 1:
-                changed[key] = f"{len(state[key])} → {2 * size - 1} rows, bicubic"
-                state[key] = resize_relative_table(state[key], 2 * size - 1)
-        return changed
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block's activations in backward instead of keeping them."""
-        self.activation_checkpointing = enabled
+        return changed | resize_relative_tables(state, tables, "bicubic")
 
     def load_pretrained(self, source: str) -> LoadReport:
         """Load the encoder of an MTP or RVSA checkpoint (a file or a hub id); print and return the report."""

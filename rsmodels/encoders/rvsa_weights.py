@@ -1,18 +1,15 @@
-"""Checkpoints of MTP and of Remote-Sensing-RVSA, their pyramid left out; position tables of other sizes.
+"""Checkpoints of MTP and of Remote-Sensing-RVSA, their pyramid left out.
 
 MTP's files are whole training states: the encoder alone (`..._model_encoder.pth`) or with its decoders
 (`encoder.*`), beside optimizer, scheduler and a NumPy array of losses. Remote-Sensing-RVSA names the global
 blocks' relative tables as those of the windows.
 """
 
-import math
 import re
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from rsmodels.weights import LoadReport, State, load_part, read_state, resolve, sha256_of
 
@@ -84,36 +81,3 @@ def _check_variant(encoder: Any, state: State, source: str) -> None:
             f"{len(encoder.blocks)} of width {encoder.embed_dim}; give a checkpoint of that variant, or "
             "create the model of the checkpoint's"
         )
-
-
-def saved_grid(key: str, pos_embed: Tensor, told: tuple[int, int] | None) -> tuple[int, int]:
-    """The grid (h, w) of the position embeddings `key`: as `told`, or a square; ValueError where that is not
-    so."""
-    rows = pos_embed.shape[1]
-    side = math.isqrt(rows)
-    if told is None and side * side != rows:
-        raise ValueError(
-            f"{key} has {rows} positions; expected a square grid, as nothing says the grid of this state; "
-            "load a saved model by its folder, with rsmodels.load_model"
-        )
-    grid = told or (side, side)
-    if grid[0] * grid[1] != rows:
-        raise ValueError(
-            f"{key} has {rows} positions; expected {grid[0]}x{grid[1]}, as this state's relative tables or "
-            "its image size say; keep tensors of one save together"
-        )
-    return grid
-
-
-def resize_position_embedding(pos_embed: Tensor, saved: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """(1, saved h·w, D) → (1, h·w, D), bicubic."""
-    grid = pos_embed.float().unflatten(1, saved).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=size, mode="bicubic", align_corners=False)
-    return grid.flatten(2).transpose(1, 2).contiguous().to(pos_embed.dtype)
-
-
-def resize_relative_table(table: Tensor, length: int) -> Tensor:
-    """(L, d) → (length, d), bicubic along the rows."""
-    size = (length, table.shape[1])
-    resized = F.interpolate(table.float()[None, None], size=size, mode="bicubic", align_corners=False)
-    return resized[0, 0].to(table.dtype)

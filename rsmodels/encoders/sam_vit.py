@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import rskernels
 from rskernels.library import autocast_dtype
-from rsmodels.encoders.features import FeatureBackbone
-from rsmodels.layers import MLP, LayerNorm, Linear, LoRAQKV, PatchEmbed, image_size_pair, make_neck
+from rsmodels.encoders.plain_vit import PlainViT
+from rsmodels.encoders.positions import global_tables, resize_position_embedding, resize_relative_tables
+from rsmodels.layers import MLP, LayerNorm, Linear, LoRAQKV, make_neck
 from rsmodels.registry import register_encoder
 from rsmodels.weights import LoadReport, load_sam_encoder
 
@@ -28,7 +27,7 @@ IN_CHANS_MODES = ("repeat", "learned")
 MLP_ROWS = 1024  # measured: 512 to 2048 within a few per cent; the whole grid of 1024 pixels is 8 % slower
 
 
-class SamViT(nn.Module):
+class SamViT(PlainViT):
     """images (B, C, H, W) → (B, neck_dim, h, w), or (B, D, h, w) without a neck.
 
     Args:
@@ -58,11 +57,6 @@ class SamViT(nn.Module):
         in_chans: int = 3,
         in_chans_mode: str | None = None,
     ) -> None:
-        super().__init__()
-        self.image_size = image_size_pair(image_size, multiple_of=PATCH_SIZE)
-        self.grid_size = (self.image_size[0] // PATCH_SIZE, self.image_size[1] // PATCH_SIZE)
-        self.embed_dim = embed_dim
-        self.global_blocks = tuple(global_blocks)
         if lora_rank < 0:
             raise ValueError(f"lora_rank={lora_rank}: expected 0 (no LoRA) or a positive rank")
         if in_chans != 3 and in_chans_mode not in IN_CHANS_MODES:
@@ -70,9 +64,10 @@ class SamViT(nn.Module):
                 f"in_chans={in_chans} with in_chans_mode={in_chans_mode!r}: SAM takes 3 bands; "
                 "say how to adapt it with in_chans_mode='repeat' or 'learned'"
             )
-        self.in_chans, self.in_chans_mode = in_chans, in_chans_mode
+        super().__init__(embed_dim, image_size=image_size, patch_size=PATCH_SIZE, in_chans=in_chans)
+        self.global_blocks = tuple(global_blocks)
+        self.in_chans_mode = in_chans_mode
 
-        self.patch_embed = PatchEmbed(in_chans, embed_dim, PATCH_SIZE)
         self.pos_embed = nn.Parameter(torch.empty(1, *self.grid_size, embed_dim))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.blocks = nn.ModuleList(
@@ -86,33 +81,20 @@ class SamViT(nn.Module):
             )
             for i in range(depth)
         )
+        self.norm = nn.Identity()  # what norms the last block's tokens is the neck
         self.neck = None if neck_dim is None else make_neck(embed_dim, neck_dim)
-        self.activation_checkpointing = False
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.forward_intermediates(images, (len(self.blocks) - 1,))[0]
+        x = self.to_map(super().forward(images))
         return x if self.neck is None else self.neck(x)
 
-    def forward_intermediates(self, images: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        """The outputs (B, D, h, w) of the blocks `indices` (ascending); later blocks do not run."""
-        if images.shape[1:] != (self.in_chans, *self.image_size):
-            expected = f"(B, {self.in_chans}, {self.image_size[0]}, {self.image_size[1]})"
-            raise ValueError(
-                f"images of shape {tuple(images.shape)}: this model takes {expected}; resize or tile the "
-                "images, or create the model with their image_size="
-            )
-        x = self.patch_embed(images) + self.pos_embed
-        features = []
-        for i, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-            if i in indices:
-                features.append(x.permute(0, 3, 1, 2))
-            if i == indices[-1]:
-                break
-        return features
+    def to_tokens(self, patches: Tensor) -> Tensor:
+        """Embedded patches (B, h, w, D) with their positions: the blocks work on the grid."""
+        return patches + self.pos_embed
+
+    def to_map(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, h, w, D) → (B, D, h, w)."""
+        return tokens.permute(0, 3, 1, 2)
 
     def freeze(self) -> None:
         """Leave only LoRA (and a "learned" patch embedding) trainable."""
@@ -142,32 +124,22 @@ class SamViT(nn.Module):
         changed = {}
         key = f"{prefix}pos_embed"
         if key in state and state[key].ndim == 4 and state[key].shape[1:3] != self.grid_size:
-            before = tuple(state[key].shape[1:3])
-            state[key] = resize_position_embedding(state[key], self.grid_size)
-            changed[key] = (
-                f"{before[0]}x{before[1]} → {self.grid_size[0]}x{self.grid_size[1]} tokens, bicubic"
+            h, w = state[key].shape[1:3]
+            changed[key] = "{}x{} → {}x{} tokens, bicubic".format(h, w, *self.grid_size)
+            # Antialiased, as timm does.
+            resized = resize_position_embedding(
+                state[key].flatten(1, 2), (h, w), self.grid_size, antialias=True
             )
-        for i in self.global_blocks:
-            for axis, size in zip("hw", self.grid_size, strict=True):
-                key = f"{prefix}blocks.{i}.attn.rel_pos_{axis}"
-                if key in state and len(state[key]) != 2 * size - 1:
-                    changed[key] = f"{len(state[key])} → {2 * size - 1} rows, linear"
-                    state[key] = resize_relative_table(state[key], 2 * size - 1)
-        return changed
+            state[key] = resized.unflatten(1, self.grid_size)
+        # As SAM's get_rel_pos does at run time.
+        tables = global_tables(prefix, self.global_blocks, self.grid_size)
+        return changed | resize_relative_tables(state, tables, "linear")
 
     def adapt_input_weight(self, weight: Tensor) -> Tensor:
         """A checkpoint's patch embedding (D, 3, p, p), its bands repeated in turn to fill `in_chans`."""
         if weight.shape[1] == self.in_chans or weight.shape[1] != 3:
             return weight
         return weight[:, torch.arange(self.in_chans) % 3] * (3 / self.in_chans)
-
-    def features_only(self, out_indices: Sequence[int]) -> FeatureBackbone:
-        """This encoder as a timm-like backbone; see rsmodels.create_backbone."""
-        return FeatureBackbone(self, out_indices, reduction=PATCH_SIZE)
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block's activations in backward instead of keeping them."""
-        self.activation_checkpointing = enabled
 
     def load_pretrained(self, source: str) -> LoadReport:
         """Load the image encoder of a SAM checkpoint (a file or a hub id); see rsmodels.weights."""
@@ -241,20 +213,6 @@ class Attention(nn.Module):
             pad_qkv=self.qkv.bias if self.window_size else None,
         )
         return self.proj(x)
-
-
-def resize_position_embedding(pos_embed: Tensor, size: tuple[int, int]) -> Tensor:
-    """(1, h, w, D) → (1, *size, D), bicubic and antialiased (as timm does, so that shrinking averages)."""
-    resized = F.interpolate(
-        pos_embed.float().permute(0, 3, 1, 2), size=size, mode="bicubic", antialias=True, align_corners=False
-    )
-    return resized.permute(0, 2, 3, 1).contiguous().to(pos_embed.dtype)
-
-
-def resize_relative_table(table: Tensor, length: int) -> Tensor:
-    """(L, d) → (length, d), linear, as SAM's get_rel_pos does at run time."""
-    resized = F.interpolate(table.float().T[None], size=length, mode="linear", align_corners=False)
-    return resized[0].T.contiguous().to(table.dtype)
 
 
 @register_encoder

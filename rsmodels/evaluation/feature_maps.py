@@ -92,9 +92,11 @@ def tile_maps(
     for key, top, left in corners:
         size = min(layers.image_size[1], width - left), min(layers.image_size[0], height - top)
         pixels, valid = image.read(Window(left, top, *size))
-        batch.append((key, valid))
         if valid.any():
+            batch.append((key, valid))
             inputs.append(reflect_to(torch.from_numpy(pixels), layers.image_size))
+        else:  # however many of them lie between two others, they take no memory
+            batch.append((key, np.broadcast_to(np.False_, valid.shape)))
         if len(inputs) == batch_size:
             yield from run()
             batch, inputs = [], []

@@ -14,16 +14,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image as Pillow
 from torch import Tensor
 
 from rsmodels import files
-from rsmodels.evaluation.figures import save, to_rgb
+from rsmodels.evaluation.figures import panel, panel_height, save, to_rgb
 
 PICTURE_SIDE = 1024  # smaller maps are enlarged to at most this
 FALSE_COLOURS = "turbo"
+PANEL = 3.4  # inches that a picture is wide, so that its title fits
 SPAN = (1, 99)  # percentiles that become the darkest and the brightest value
 DOMAIN_COLOURS = "tab10"
 MARKERS = "o*^svDPX"
@@ -132,25 +132,19 @@ def _sheet(
     title: str,
 ) -> Figure:
     """A row per layer: the image, the components and the mean."""
-    height, width = image.shape[:2]
-    side = 3.4
-    tall = side * min(max(height / width, 0.3), 2) + 0.5
-    figure = Figure(figsize=(3 * side, tall * len(layers) + 0.5), layout="constrained")
+    tall = panel_height(PANEL, image.shape) + 0.5
+    figure = Figure(figsize=(3 * PANEL, tall * len(layers) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=11)
     grid = figure.subplots(len(layers), 3, squeeze=False)
     for axes, index, basis in zip(grid, layers, bases, strict=True):
-        _panel(axes[0], image, "image")
+        panel(axes[0], image, "image", fontsize=9)
         held = f"{sum(basis.shares):.0%} of the variance"
-        _panel(axes[1], pictures[f"layer-{index}-pca"], f"layer {index}: three components ({held})")
-        _panel(axes[2], pictures[f"layer-{index}-mean"], f"layer {index}: mean of {len(basis.mean)} channels")
+        panel(
+            axes[1], pictures[f"layer-{index}-pca"], f"layer {index}: three components ({held})", fontsize=9
+        )
+        mean = f"layer {index}: mean of {len(basis.mean)} channels"
+        panel(axes[2], pictures[f"layer-{index}-mean"], mean, fontsize=9)
     return figure
-
-
-def _panel(axes: Axes, picture: np.ndarray, title: str) -> None:
-    axes.imshow(picture)
-    axes.set_title(title, fontsize=9)
-    axes.set_xticks([])
-    axes.set_yticks([])
 
 
 # ------------------------------------------------------------------------------------------ several domains

@@ -8,7 +8,8 @@ tiles, never a scene's pixels or features.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +22,6 @@ from tqdm import tqdm
 from rsmodels.data import SegmentationDataset
 from rsmodels.data.base import image_files
 from rsmodels.data.raster import Scene, gdal
-from rsmodels.data.tiling import Tile
 from rsmodels.evaluation.evaluate import EvaluateConfig, domain_indices, open_dataset
 from rsmodels.evaluation.feature_maps import (
     Held,
@@ -43,8 +43,9 @@ from rsmodels.evaluation.feature_pictures import (
 from rsmodels.evaluation.figures import save
 from rsmodels.evaluation.layers import Layers, open_layers
 
-BASIS_IMAGES, BASIS_TILES, BASIS_FEATURES = 16, 4, 4096  # what components and colours are found from
-COMPARED_TILES = 4  # of an image
+BASIS_IMAGES, BASIS_FEATURES = 16, 4096  # what components and colours are found from
+# Tiles that features are drawn from: of all images together, but of each image at least so many.
+SAMPLED_TILES, TILES_OF_IMAGE = 16, 4
 
 
 @dataclass
@@ -151,12 +152,11 @@ def find_images(config: FeaturesConfig, layers: Layers) -> Images:
             f"--compare takes two or more images, folders or domains, not {config.images[0]} alone"
         )
     found = _from_files(config, layers) if config.data is None else _from_dataset(config, layers)
-    names = [image.name for image in found.images]
-    for name in names:
-        if names.count(name) > 1 and not config.compare:
-            raise ValueError(
-                f"{Path(config.output) / name}: two of the images would be drawn there; draw them one by one"
-            )
+    (name, count), *_ = Counter(image.name for image in found.images).most_common(1)
+    if count > 1 and not config.compare:
+        raise ValueError(
+            f"{Path(config.output) / name}: two of the images would be drawn there; draw them one by one"
+        )
     return found
 
 
@@ -225,16 +225,10 @@ def _draw(config: FeaturesConfig, layers: Layers, found: Images) -> list[Path]:
     """One basis per layer for all images, so that a colour means the same in each; then image by image."""
     rng = np.random.default_rng(config.seed)
     looked_at = spread(found.images, BASIS_IMAGES)
-    samples = []
-    for image in looked_at:
-        with image.open() as opened:
-            count = -(-BASIS_FEATURES // len(looked_at))
-            tiles = max(BASIS_TILES, BASIS_IMAGES // len(looked_at))
-            samples.append(
-                sample_features(
-                    layers, opened, tiles=tiles, count=count, batch_size=config.batch_size, rng=rng
-                )
-            )
+    samples = [
+        _sample(config, layers, image, features=BASIS_FEATURES, images=len(looked_at), rng=rng)
+        for image in looked_at
+    ]
     bases = [
         Basis.fit(_together([features for features, _ in layer])) for layer in zip(*samples, strict=True)
     ]
@@ -248,7 +242,7 @@ def _draw(config: FeaturesConfig, layers: Layers, found: Images) -> list[Path]:
                 [basis.project for basis in bases],
                 overlap=config.overlap,
                 batch_size=config.batch_size,
-                progress=partial(_progress, name=image.name),
+                progress=partial(tqdm, desc=image.name, unit="tile", disable=None),
             )
             written += write_pictures(
                 Path(config.output) / image.name,
@@ -263,8 +257,25 @@ def _draw(config: FeaturesConfig, layers: Layers, found: Images) -> list[Path]:
     return written
 
 
-def _progress(tiles: Iterable[Tile], *, name: str) -> Iterable[Tile]:
-    return tqdm(tiles, name, unit="tile", disable=None)
+def _sample(
+    config: FeaturesConfig,
+    layers: Layers,
+    image: Image,
+    *,
+    features: int,
+    images: int,
+    rng: np.random.Generator,
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """sample_features of one of `images` images that are to give `features` together."""
+    with image.open() as opened:
+        return sample_features(
+            layers,
+            opened,
+            tiles=max(TILES_OF_IMAGE, SAMPLED_TILES // images),
+            count=-(-features // images),
+            batch_size=config.batch_size,
+            rng=rng,
+        )
 
 
 def _together(parts: list[np.ndarray]) -> np.ndarray:
@@ -280,19 +291,12 @@ def _together(parts: list[np.ndarray]) -> np.ndarray:
 
 def _compare(config: FeaturesConfig, layers: Layers, found: Images) -> list[Path]:
     rng = np.random.default_rng(config.seed)
-    domains = list(dict.fromkeys(image.domain for image in found.images))
+    images = Counter(image.domain for image in found.images)
+    domains = list(images)
     parts: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in layers.indices]
     for image in tqdm(found.images, "compare", unit="image", disable=None):
-        siblings = sum(other.domain == image.domain for other in found.images)
-        with image.open() as opened:
-            samples = sample_features(
-                layers,
-                opened,
-                tiles=max(COMPARED_TILES, BASIS_IMAGES // siblings),
-                count=-(-config.points // siblings),
-                batch_size=config.batch_size,
-                rng=rng,
-            )
+        of_domain = images[image.domain]
+        samples = _sample(config, layers, image, features=config.points, images=of_domain, rng=rng)
         for part, (features, labels) in zip(parts, samples, strict=True):
             if len(features):
                 part.append((features, labels, np.full(len(features), domains.index(image.domain))))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -20,6 +21,7 @@ from rsmodels.data.schema import IGNORE, LabelSchema
 
 WRONG = (255, 0, 170)  # magenta: no palette of land cover has it
 UNLABELLED = (0, 0, 0)
+PANEL = 3.2  # inches that a picture is wide
 MAX_CURVES = 8  # one panel stays readable up to about so many
 
 
@@ -47,6 +49,22 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
     return bands.transpose(1, 2, 0).astype(np.uint8)
 
 
+def panel(
+    axes: Axes, picture: np.ndarray, title: str = "", *, fontsize: int = 10, interpolation: str | None = None
+) -> None:
+    """One picture (H, W, 3 or 4), with a title and without ticks."""
+    axes.imshow(picture, interpolation=interpolation)
+    axes.set_title(title, fontsize=fontsize)
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def panel_height(side: float, shape: Sequence[int]) -> float:
+    """Inches that a picture of `shape` (H, W, …) takes if it is `side` inches wide; elongated ones are given
+    margins."""
+    return side * min(max(shape[0] / shape[1], 0.3), 2)
+
+
 def errors(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
     """The picture (H, W, 3) in pale grey, wrong pixels in magenta, unlabelled ones in black."""
     grey = image.mean(axis=2, keepdims=True) * 0.5 + 127
@@ -70,17 +88,11 @@ def tile_figure(
         "prediction": schema.colorize(prediction),
         f"errors ({share:.1%} of pixels)": errors(picture, truth, prediction),
     }
-    height, width = truth.shape
-    side = 3.2
-    figure = Figure(
-        figsize=(4 * side + 0.4, side * min(max(height / width, 0.3), 2) + 1.1), layout="constrained"
-    )
+    figsize = (4 * PANEL + 0.4, panel_height(PANEL, truth.shape) + 1.1)
+    figure = Figure(figsize=figsize, layout="constrained")
     figure.suptitle(title, fontsize=11)
     for axes, (name, pixels) in zip(figure.subplots(1, 4), panels.items(), strict=True):
-        axes.imshow(pixels, interpolation="nearest" if name in ("truth", "prediction") else None)
-        axes.set_title(name, fontsize=10)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        panel(axes, pixels, name, interpolation="nearest" if name in ("truth", "prediction") else None)
     present = set(np.unique(truth)) | set(np.unique(prediction))
     patches = [
         _patch(schema.palette[index], name) for index, name in enumerate(schema.classes) if index in present
@@ -97,18 +109,13 @@ def tile_figure(
 def style_figure(images: np.ndarray, styled: np.ndarray, masked: np.ndarray) -> Figure:
     """A row per image of what a style-injecting model trains on: X, X_S, X_M, each (N, 3, H, W) in [0, 1]."""
     columns = {"image X": images, "styled image X_S": styled, "masked image X_M": masked}
-    count, _, height, width = images.shape
-    side = 3.2
-    figure = Figure(
-        figsize=(3 * side, count * side * min(max(height / width, 0.3), 2) + 0.5), layout="constrained"
-    )
+    count = len(images)
+    figsize = (3 * PANEL, count * panel_height(PANEL, images.shape[2:]) + 0.5)
+    figure = Figure(figsize=figsize, layout="constrained")
     grid = figure.subplots(count, 3, squeeze=False)
     for column, (name, pictures) in enumerate(columns.items()):
-        grid[0, column].set_title(name, fontsize=10)
-        for axes, pixels in zip(grid[:, column], pictures, strict=True):
-            axes.imshow(np.clip(pixels.transpose(1, 2, 0), 0, 1))
-            axes.set_xticks([])
-            axes.set_yticks([])
+        for row, (axes, pixels) in enumerate(zip(grid[:, column], pictures, strict=True)):
+            panel(axes, np.clip(pixels.transpose(1, 2, 0), 0, 1), "" if row else name)
     return figure
 
 

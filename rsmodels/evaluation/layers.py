@@ -16,10 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from rsmodels.evaluation.inference import pick_device, pick_dtype
-from rsmodels.registry import ENCODERS, Preprocessing, create_backbone, list_encoders, load_model
-
-# What SAM, DINOv2 and MTP were trained with: ImageNet's, in 8-bit units.
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+from rsmodels.registry import (
+    ENCODERS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preprocessing,
+    create_backbone,
+    list_encoders,
+    load_model,
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,9 @@ def open_layers(
         if pretrained is None:
             warnings.warn(f"{name} has random weights; give a checkpoint with --pretrained", stacklevel=2)
         bands = range(getattr(network, "in_chans", 3))
-        preprocessing = Preprocessing(tuple(MEAN[i % 3] for i in bands), tuple(STD[i % 3] for i in bands))
+        preprocessing = Preprocessing(
+            tuple(IMAGENET_MEAN[i % 3] for i in bands), tuple(IMAGENET_STD[i % 3] for i in bands)
+        )
     else:
         _check_folder(name, pretrained, model_args)
         network, _ = load_model(name, device=chosen, **size)

@@ -96,28 +96,33 @@ class Mask2FormerHead(nn.Module):
         )
 
     def forward(
-        self, features: Sequence[Tensor], queries: tuple[Tensor, Tensor] | None = None
+        self,
+        features: Sequence[Tensor],
+        queries: tuple[Tensor, Tensor] | None = None,
+        sizes: Sequence[tuple[int, int]] | None = None,
     ) -> Mask2FormerOutput:
         """Predict.
 
         Args:
             features: the four maps; their sizes need not be exact halves of each other.
             queries: (position, features) of the queries, each (Q, D); None: the head's own.
+            sizes: h and w of the four levels where the maps still have others, as those of a plain ViT do:
+                they are then resized to them, bilinearly. None: the maps have their sizes.
         """
         position, start = self._queries(queries)
-        mask_features, levels = self.pixel_decoder(features)
-        sizes = [(level.shape[-2], level.shape[-1]) for level in levels]
+        mask_features, levels = self.pixel_decoder(features, sizes)
+        grids = [(level.shape[-2], level.shape[-1]) for level in levels]
         values = [to_tokens(x) + e.to(x.dtype) for x, e in zip(levels, self.level_embed, strict=True)]
         keys = [
             value + sine_position_encoding(size, self.dim, value.device).to(value.dtype)
-            for value, size in zip(values, sizes, strict=True)
+            for value, size in zip(values, grids, strict=True)
         ]
         output = Mask2FormerOutput([], [])
         tokens = start.expand(mask_features.shape[0], -1, -1)
         self._predict(tokens, mask_features, output)
         for index, layer in enumerate(self.layers):
             level = index % LEVELS
-            mask = attention_mask(output.masks[-1], sizes[level])
+            mask = attention_mask(output.masks[-1], grids[level])
             tokens = layer(tokens, position, keys[level], values[level], mask)
             self._predict(tokens, mask_features, output)
         return output

@@ -72,12 +72,19 @@ class PixelDecoder(nn.Module):
         self.mask_projection = nn.Conv2d(dim, dim, kernel_size=1)
         self._init_weights()
 
-    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`sizes`: h and w of the four levels, finest first, to which maps of another size are resized
+        bilinearly; None: they have theirs."""
+        sizes = [(x.shape[-2], x.shape[-1]) for x in features] if sizes is None else sizes
         finest, *others = features
+        fine_size, *sizes = sizes
+        sizes = sizes[::-1]  # coarsest first
         maps = [
-            project(x) for project, x in zip(self.input_projections, reversed(others), strict=True)
-        ]  # coarsest first
-        sizes = [(x.shape[-2], x.shape[-1]) for x in maps]
+            project_to(size, x, project)
+            for project, x, size in zip(self.input_projections, reversed(others), sizes, strict=True)
+        ]
         tokens = torch.cat([to_tokens(x) for x in maps], dim=1)
         position = torch.cat(
             [
@@ -94,7 +101,7 @@ class PixelDecoder(nn.Module):
             level.transpose(1, 2).unflatten(2, size)
             for level, size in zip(tokens.split([h * w for h, w in sizes], dim=1), sizes, strict=True)
         ]
-        fine = self.lateral(finest)
+        fine = project_to(fine_size, finest, self.lateral)
         return self.mask_projection(self.output(fine + resize(levels[-1], fine.shape[-2:]))), levels
 
     def _init_weights(self) -> None:
@@ -195,6 +202,14 @@ class GroupNorm(nn.GroupNorm):
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), self.bias.to(dtype)
         return F.group_norm(x.to(dtype), self.num_groups, weight, bias, self.eps).to(x.dtype)
+
+
+def project_to(size: Sequence[int], x: Tensor, project: nn.Module) -> Tensor:
+    """`project`, a 1x1 convolution and its normalisation, of x resized to `size`. The convolution commutes
+    with resizing, up to rounding: it runs where there are fewer pixels."""
+    conv, norm = project.children()
+    grows = size[0] * size[1] > x.shape[-2] * x.shape[-1]
+    return norm(resize(conv(x), size) if grows else conv(resize(x, size)))
 
 
 def to_tokens(x: Tensor) -> Tensor:

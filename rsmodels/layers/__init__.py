@@ -7,7 +7,7 @@ from rsmodels.layers.neck import make_neck
 from rsmodels.layers.norm import LayerNorm, LayerNorm2d
 from rsmodels.layers.patches import PatchEmbed
 from rsmodels.layers.resize import conv_of_resized, resize
-from rsmodels.layers.sizes import image_size_pair
+from rsmodels.layers.sizes import check_images, image_size_pair
 from rsmodels.layers.transformer import FeedForward, SelfAttention
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "LoRAQKV",
     "PatchEmbed",
     "SelfAttention",
+    "check_images",
     "conv_of_resized",
     "image_size_pair",
     "make_neck",

@@ -1,4 +1,6 @@
-"""Image sizes as users give them."""
+"""Image sizes as users give them, and images held against them."""
+
+from torch import Tensor
 
 from rsmodels.arguments import ImageSizeError
 
@@ -9,3 +11,12 @@ def image_size_pair(image_size: int | tuple[int, int] | list[int], *, multiple_o
     if len(pair) != 2 or any(not isinstance(side, int) or side <= 0 or side % multiple_of for side in pair):
         raise ImageSizeError(image_size, multiple_of)
     return pair
+
+
+def check_images(images: Tensor, channels: int, image_size: tuple[int, int]) -> None:
+    """ValueError where `images` are not (B, channels, H, W), H and W those of `image_size`."""
+    if images.shape[1:] != (channels, *image_size):
+        raise ValueError(
+            f"images of shape {tuple(images.shape)}: this model takes (B, {channels}, {image_size[0]}, "
+            f"{image_size[1]}); resize or tile the images, or create the model with their image_size="
+        )

@@ -3,22 +3,24 @@
 Shapes: B batch, C bands, K classes, H/W pixels.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from rsmodels.arguments import check_choice
-from rsmodels.layers import image_size_pair
+from rsmodels.layers import check_images, image_size_pair
 from rsmodels.methods.losses import ACTIVATIONS, to_probabilities
 from rsmodels.registry import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from rsmodels.weights import LoadReport
 
 
-class Segmenter(nn.Module):
+class Segmenter(nn.Module, ABC):
     """images (B, C, H, W), normalised → logits (B, K, H, W).
 
-    A subclass brings `forward`, `losses_and_logits`, `blocks_to_shard`, `load_pretrained` and
-    `set_activation_checkpointing`, and calls `check_images` on what it is given.
+    A subclass brings `forward` and the abstract methods, and calls `check_images` on what it is given, unless
+    its encoder takes the same images and checks them.
 
     Args:
         num_classes: K; 1 means binary.
@@ -51,7 +53,7 @@ class Segmenter(nn.Module):
             if values is not None and len(values) != channels:
                 raise ValueError(
                     f"{name}={tuple(values)}: expected {channels} values, one for each band that the model "
-                    "takes"
+                    "takes; mean, std and bands have one value per band"
                 )
         self.num_classes = num_classes
         self.image_size = image_size_pair(image_size, multiple_of=multiple_of)
@@ -65,17 +67,15 @@ class Segmenter(nn.Module):
 
     def check_images(self, images: Tensor) -> None:
         """ValueError where `images` are not (B, C, H, W)."""
-        expected = (self.channels, *self.image_size)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            sizes = ", ".join(map(str, expected))
-            raise ValueError(
-                f"images of shape {tuple(images.shape)}: this model takes (B, {sizes}); resize or tile the "
-                "images, or create the model with their image_size="
-            )
+        check_images(images, self.channels, self.image_size)
 
+    @abstractmethod
+    def forward_features(self, images: Tensor) -> list[Tensor]:
+        """What the decoder sees: maps (B, ·, ·, ·)."""
+
+    @abstractmethod
     def losses_and_logits(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
         """The loss terms, weighted, to be summed, and the logits that they were taken of."""
-        raise NotImplementedError
 
     def losses(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """The terms of losses_and_logits."""
@@ -94,3 +94,16 @@ class Segmenter(nn.Module):
         saved_size: H and W that the state was saved at, where they are known.
         """
         return {}
+
+    @abstractmethod
+    def blocks_to_shard(self) -> list[nn.Module]:
+        """The modules that FSDP wraps one by one."""
+
+    @abstractmethod
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in backward instead of keeping them."""
+
+    @abstractmethod
+    def load_pretrained(self, source: str) -> LoadReport:
+        """Load published weights (a file or a hub id) that the model starts from; print and return the
+        report."""

@@ -194,7 +194,8 @@ class CrossEarth(Segmenter):
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """What the decoder sees: (B, D, ·, ·) at 1/4, 1/8, 1/16 and 1/32."""
-        return self._pyramid(images, self._encode(images))
+        stages = self._injected(images, self._encode(images))
+        return [resize(x, size) for x, size in zip(stages, self._sizes(), strict=True)]
 
     def _encode(self, images: Tensor) -> list[Tensor]:
         """The four tapped maps (B, D, h, w), after Rein."""
@@ -210,19 +211,21 @@ class CrossEarth(Segmenter):
         assert self.rein is not None
         return self.rein(tokens, index, self.encoder.prefix_tokens)
 
-    def _pyramid(self, images: Tensor, stages: Sequence[Tensor]) -> list[Tensor]:
-        """Injectors on copies of the stages, and each stage, by itself, at its stride."""
-        if self.gse is not None:
-            queries = self.gse(images)
-            stages = [inject(x, queries) for inject, x in zip(self.injectors, stages, strict=True)]
+    def _injected(self, images: Tensor, stages: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the injectors make of the stages; these stay as they are."""
+        if self.gse is None:
+            return stages
+        queries = self.gse(images)
+        return [inject(x, queries) for inject, x in zip(self.injectors, stages, strict=True)]
+
+    def _sizes(self) -> list[tuple[int, int]]:
+        """At which the decoder sees the stages, each by itself."""
         height, width = self.image_size
-        return [
-            resize(x, (height // stride, width // stride)) for x, stride in zip(stages, STRIDES, strict=True)
-        ]
+        return [(height // stride, width // stride) for stride in STRIDES]
 
     def _segment(self, images: Tensor, stages: Sequence[Tensor]) -> Mask2FormerOutput:
         queries = None if self.rein is None else self.rein.queries()
-        return self.head(self._pyramid(images, stages), queries)
+        return self.head(self._injected(images, stages), queries, self._sizes())
 
     def _logits(self, output: Mask2FormerOutput) -> Tensor:
         logs = (semantic_scores(output, self.image_size) + EPSILON).log()

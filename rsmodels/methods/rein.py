@@ -7,7 +7,7 @@ tokens after every block, and Mask2Former with the queries that are linked to th
 from typing import Any
 
 from rsmodels.methods.crossearth import CrossEarth
-from rsmodels.methods.crossearth_models import TINY, dinov2
+from rsmodels.methods.crossearth_models import crossearth_tiny, dinov2
 from rsmodels.registry import register_method, register_model
 
 BASELINE: dict[str, Any] = {"rein": True, "gse": False, "mim": False, "style": False}
@@ -75,14 +75,7 @@ def rein_vit_g(
 @register_model(fixed=SETTLED)
 def rein_tiny(*, num_classes: int, image_size: int | tuple[int, int] = 128, **options: Any) -> CrossEarth:
     """Rein with crossearth_tiny's encoder and decoder."""
-    model = CrossEarth(
-        dinov2("vit_tiny"),
-        num_classes=num_classes,
-        image_size=image_size,
-        **{**TINY, **BASELINE, **options},
-    )
-    model.set_activation_checkpointing(False)
-    return model
+    return crossearth_tiny(num_classes=num_classes, image_size=image_size, **BASELINE, **options)
 
 
 register_method("rein", "rein", variant="vit_l", optim={"lr": 1e-4, "weight_decay": 0.05})

@@ -12,23 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rsmodels.arguments import check_choice
 from rsmodels.encoders.sam_vit import SamViT
 from rsmodels.heads.mprm import HybridFeatureFusion, MaskFeatureFusion
 from rsmodels.heads.multiscale_neck import MultiScaleNeck
 from rsmodels.heads.sam_decoder import RandomPositionEncoding, TwoWayTransformer, make_upscaling
-from rsmodels.layers import image_size_pair, make_neck
-from rsmodels.methods.losses import ACTIVATIONS, segmentation_losses, to_probabilities
-from rsmodels.registry import ENCODERS, Preprocessing, register_method, register_model
+from rsmodels.layers import make_neck
+from rsmodels.methods.base import Segmenter
+from rsmodels.methods.losses import segmentation_losses
+from rsmodels.registry import ENCODERS, register_method, register_model
 from rsmodels.weights import LoadReport, SamCheckpoint, load_encoder, load_part, read_sam
 
-# ImageNet's, in 8-bit units, as SAM normalises.
-SAM_MEAN, SAM_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 NECK_SOURCES = ("last", "layers")
 # Loss weights of section 4.2.
 CE_WEIGHT, DICE_WEIGHT = 0.2, 0.8
 
 
-class RSSAM(nn.Module):
+class RSSAM(Segmenter):
     """images (B, C, H, W), normalised → logits (B, K, H, W).
 
     Args:
@@ -45,13 +45,10 @@ class RSSAM(nn.Module):
         freeze_encoder: train nothing of the encoder but LoRA. False trains all of it, except the qkv weights
             that carry LoRA.
         in_chans, in_chans_mode: input bands and how to adapt to them, see SamViT.
-        mean, std, bands: the model's Preprocessing; ImageNet's statistics unless given, repeated over bands.
+        mean, std, bands: the model's Preprocessing; ImageNet's statistics, as SAM's, unless given, repeated
+            over bands.
         decoder_dim, decoder_heads, decoder_mlp_dim, embedding_dim: C, the transformers' sizes, and E.
     """
-
-    model_name: str
-    arguments: dict[str, Any]
-    base_weights: str | None
 
     def __init__(
         self,
@@ -79,16 +76,12 @@ class RSSAM(nn.Module):
         decoder_mlp_dim: int = 2048,
         embedding_dim: int = 32,
     ) -> None:
-        super().__init__()
         if (mff or mhff) and not neck:
             raise ValueError(
                 f"neck=False with mff={mff}, mhff={mhff}: MPRM fuses the neck's scales; "
                 "set neck=True, or mff=False and mhff=False"
             )
-        if neck_source not in NECK_SOURCES:
-            raise ValueError(f"neck_source={neck_source!r}: expected one of {', '.join(NECK_SOURCES)}")
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+        check_choice("neck_source", neck_source, NECK_SOURCES)
         positive = min(decoder_dim, decoder_heads, decoder_mlp_dim, embedding_dim) > 0
         if not positive or decoder_dim % (2 * decoder_heads):  # cross-attention works at half the width
             raise ValueError(
@@ -96,13 +89,15 @@ class RSSAM(nn.Module):
                 f"decoder_mlp_dim={decoder_mlp_dim}, embedding_dim={embedding_dim}: expected sizes above 0, "
                 "with decoder_dim a multiple of twice the heads"
             )
-        self.image_size = image_size_pair(image_size, multiple_of=32 if neck else 16)
-        self.num_classes = num_classes
-        self.activation = activation
-        self.preprocessing = Preprocessing(
-            tuple(mean or (SAM_MEAN[i % 3] for i in range(in_chans))),
-            tuple(std or (SAM_STD[i % 3] for i in range(in_chans))),
-            bands,
+        super().__init__(
+            num_classes=num_classes,
+            image_size=image_size,
+            multiple_of=32 if neck else 16,
+            activation=activation,
+            channels=in_chans,
+            mean=mean,
+            std=std,
+            bands=bands,
         )
 
         vit: Any = ENCODERS[encoder](
@@ -179,14 +174,6 @@ class RSSAM(nn.Module):
         logits = self(batch["image"])
         terms = segmentation_losses(logits, batch["mask"], activation=self.activation)
         return {"ce": CE_WEIGHT * terms["ce"], "dice": DICE_WEIGHT * terms["dice"]}, logits
-
-    def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The terms of losses_and_logits."""
-        return self.losses_and_logits(batch)[0]
-
-    def probabilities(self, logits: Tensor) -> Tensor:
-        """(B, K, H, W) logits → probabilities in [0, 1]; they sum to 1 only under softmax."""
-        return to_probabilities(logits, activation=self.activation)
 
     def merge_lora(self) -> None:
         """Fold LoRA into the encoder's weights for inference; `unmerge_lora()` and `train()` undo it."""

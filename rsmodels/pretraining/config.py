@@ -8,6 +8,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Literal
 
+from rsmodels.files import check_output
 from rsmodels.registry import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, list_encoders
 
 # As SAM and DINOv2 and the methods on top of them normalise.
@@ -127,21 +128,9 @@ def resolve(config: PretrainConfig) -> PretrainConfig:
         raise ValueError(
             f"--steps {config.steps} and --minutes {config.minutes:g} both set the length; give one"
         )
-    _check_output(config)
+    check_output(config.output, ".safetensors")
     minutes = DEFAULT_MINUTES if config.steps is None and config.minutes is None else config.minutes
     return replace(config, minutes=minutes)
-
-
-def _check_output(config: PretrainConfig) -> None:
-    """Asked before the first step: a run must not end in an error about its file."""
-    output = Path(config.output)
-    if output.suffix != ".safetensors":
-        raise ValueError(f"--output {output}: expected a file name that ends in .safetensors")
-    if output.is_dir():
-        raise ValueError(f"--output {output}: is a folder; give a file name")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(output.parent, os.W_OK):
-        raise PermissionError(f"--output {output}: the folder {output.parent} is not writable")
 
 
 def check_unused(config: PretrainConfig) -> None:

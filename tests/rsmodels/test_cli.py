@@ -8,48 +8,21 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import rasterio
 import torch
 from torch.distributed.run import get_args_parser
 
 import rsmodels
 from rsmodels.cli import COMMANDS, commands, main
 from rsmodels.cli.options import UsageError, parse
-from rsmodels.data.raster import gdal
 from rsmodels.evaluation.evaluate import EvaluateConfig
 from rsmodels.predict import PredictConfig
 from rsmodels.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def best(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """best/ of an untrained tiny model for the synthetic classes."""
-    folder = tmp_path_factory.mktemp("run") / "best"
-    schema = rsmodels.data.create_dataset("synthetic", length=1).schema.to_dict()
-    torch.manual_seed(0)
-    model = rsmodels.create_model("rs_sam_tiny", num_classes=len(schema["classes"]), image_size=64)
-    rsmodels.save_model(model, folder, {key: schema[key] for key in ("classes", "palette", "binary")})
-    return folder
-
-
-def write_scene(path: Path, size: int = 64) -> str:
-    pixels = np.random.default_rng(0).integers(1, 255, (3, size, size)).astype(np.uint8)
-    profile = {"driver": "GTiff", "count": 3, "height": size, "width": size, "dtype": "uint8"}
-    with gdal(), rasterio.open(path, "w", **profile) as target:
-        target.write(pixels)
-    return str(path)
-
-
-def error_line(capsys: pytest.CaptureFixture) -> str:
-    """What was printed, which must be one line on stderr and nothing else."""
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("rsmodels: error: ") and err.count("\n") == 1, (out, err)
-    return err.removeprefix("rsmodels: error: ").rstrip("\n")
 
 
 # -------------------------------------------------------------------------------------------- understanding
@@ -165,12 +138,12 @@ def test_options_come_from_a_file_and_the_command_line_wins(tmp_path: Path) -> N
         ("models nothing*", "no model matches 'nothing*'; there are "),
     ],
 )
-def test_bad_usage_is_one_line_and_2(words: str, message: str, capsys: pytest.CaptureFixture) -> None:
+def test_bad_usage_is_one_line_and_2(words: str, message: str, error_line: Any) -> None:
     assert main(words.split()) == 2
-    assert message in error_line(capsys)
+    assert message in error_line()
 
 
-def test_a_bad_config_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_bad_config_file_is_one_line(tmp_path: Path, error_line: Any) -> None:
     for text, message in (
         ("stepz: 3\n", "stepz"),
         ("steps: [\n", "config"),
@@ -178,34 +151,32 @@ def test_a_bad_config_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     ):
         (tmp_path / "bad.yaml").write_text(text)
         assert main(["train", "--config", str(tmp_path / "bad.yaml")]) == 2
-        assert message in error_line(capsys)
+        assert message in error_line()
 
 
 # ----------------------------------------------------------------------------------------------- exit codes
 
 
-def test_predict_exits_0_2_or_3(best: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    good = write_scene(tmp_path / "good.tif")
+def test_predict_exits_0_2_or_3(
+    best: Path, tmp_path: Path, capsys: pytest.CaptureFixture, error_line: Any, write_raster: Any
+) -> None:
+    pixels = np.random.default_rng(0).integers(1, 255, (3, 64, 64)).astype(np.uint8)
+    good = str(write_raster(tmp_path / "good.tif", pixels))
     maps = str(tmp_path / "maps")
     options = ["--model", str(best), "--overlap", "0"]
     assert main(["predict", good, *options, "--output", str(tmp_path / "map.tif")]) == 0
     assert capsys.readouterr() == ("", "")
     assert main(["predict", good, "nowhere.tif", *options, "--output", maps]) == 3
-    assert error_line(capsys) == "nowhere.tif: no such file"
+    assert error_line() == "nowhere.tif: no such file"
     assert (tmp_path / "maps" / "good.tif").is_file()
     assert main(["predict", "nowhere.tif", *options, "--output", str(tmp_path / "x.tif")]) == 2
-    assert error_line(capsys) == "nowhere.tif: no such file"
+    assert error_line() == "nowhere.tif: no such file"
 
 
-def test_warnings_are_one_line_each(best: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    scene = tmp_path / "empty.tif"
-    with (
-        gdal(),
-        rasterio.open(
-            scene, "w", driver="GTiff", count=3, height=9, width=9, dtype="uint8", nodata=0
-        ) as target,
-    ):
-        target.write(np.zeros((3, 9, 9), np.uint8))
+def test_warnings_are_one_line_each(
+    best: Path, tmp_path: Path, capsys: pytest.CaptureFixture, write_raster: Any
+) -> None:
+    scene = write_raster(tmp_path / "empty.tif", np.zeros((3, 9, 9), np.uint8), nodata=0)
     assert main(["predict", str(scene), "--model", str(best), "--output", str(tmp_path / "map.tif")]) == 0
     err = capsys.readouterr().err
     assert err.startswith("rsmodels: warning: ") and "every pixel is nodata" in err and err.count("\n") == 1

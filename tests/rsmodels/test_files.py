@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import errno
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,16 +58,10 @@ def test_json_that_is_not_is_named(tmp_path: Path) -> None:
         read_json(tmp_path / "a.json")
 
 
-def test_a_folder_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
-    code = (
-        "import sys; from rsmodels.files import hold_folder; "
-        f"lock = hold_folder({str(tmp_path / 'run')!r}); print('held', flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout is not None and other.stdout.readline() == b"held\n"
-        with pytest.raises(ValueError, match=rf"run: process {other.pid} on .* is writing there"):
-            hold_folder(tmp_path / "run")
-        other.kill()
+def test_a_folder_is_written_by_one_process_at_a_time(tmp_path: Path, another_process_holds: Any) -> None:
+    with (
+        another_process_holds(hold_folder, tmp_path / "run") as other,
+        pytest.raises(ValueError, match=rf"run: process {other} on .* is writing there"),
+    ):
+        hold_folder(tmp_path / "run")
     hold_folder(tmp_path / "run").close()

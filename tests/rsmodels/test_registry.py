@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,6 @@ def tiny(**options):
     return rsmodels.create_model("rs_sam_tiny", num_classes=3, image_size=64, **options)
 
 
-def one_line(error: pytest.ExceptionInfo[BaseException], *parts: object) -> None:
-    message = str(error.value)
-    assert "\n" not in message
-    assert all(str(part) in message for part in parts), message
-
-
 def test_list_models() -> None:
     assert rsmodels.list_models("rs_sam*") == ["rs_sam_tiny", "rs_sam_vit_b", "rs_sam_vit_h", "rs_sam_vit_l"]
     assert set(rsmodels.list_models("sam_lora*")) < set(rsmodels.list_models())
@@ -36,7 +31,7 @@ def test_the_package_offers_predict_and_nothing_made_up() -> None:
         _ = rsmodels.predicts
 
 
-def test_unknown_names_get_near_ones() -> None:
+def test_unknown_names_get_near_ones(one_line: Any) -> None:
     with pytest.raises(ValueError, match="no such model") as error:
         rsmodels.create_model("rs_sam_vitb", num_classes=2)
     one_line(error, "'rs_sam_vitb'", "did you mean rs_sam_vit_b")
@@ -45,7 +40,7 @@ def test_unknown_names_get_near_ones() -> None:
     one_line(error, "sam_vit_tiny")
 
 
-def test_unknown_options_are_listed() -> None:
+def test_unknown_options_are_listed(one_line: Any) -> None:
     with pytest.raises(ValueError, match="rs_sam_tiny has no option 'necks'") as error:
         tiny(necks=False)
     one_line(error, "neck_source", "mff_last_relu", "lora_rank")
@@ -188,7 +183,7 @@ def test_save_given_weights(tmp_path: Path) -> None:
     assert all((value == 0.5).all() for value in loaded.state_dict().values())
 
 
-def test_save_never_removes_what_it_did_not_write(tmp_path: Path) -> None:
+def test_save_never_removes_what_it_did_not_write(tmp_path: Path, one_line: Any) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other files") as error:
         save_model(tiny(), tmp_path)
@@ -210,7 +205,7 @@ def test_interrupted_save_leaves_the_previous_one(tmp_path: Path, monkeypatch) -
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
 
 
-def test_load_errors(tmp_path: Path) -> None:
+def test_load_errors(tmp_path: Path, one_line: Any) -> None:
     with pytest.raises(FileNotFoundError, match=r"model\.json: no such file") as error:
         load_model(tmp_path)
     one_line(error, tmp_path, "runs/NAME/best")

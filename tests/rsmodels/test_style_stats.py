@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rasterio
 import torch
 from PIL import Image
 
 from rsmodels import style_stats
 from rsmodels.cli import main
-from rsmodels.data.raster import gdal
 from rsmodels.data.synthetic.gaps import TARGETS, left_out
 from rsmodels.data.synthetic.scene import render_scene
 from rsmodels.pretraining.scenes import SPLIT, SceneStream, places
@@ -29,14 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*do not fill their covariance")
 def pixels(seed: int, size: tuple[int, int] = (40, 48), bands: int = 3) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.integers(0, 60 + 20 * seed, (bands, *size)).astype(np.uint8)
-
-
-def write(path: Path, image: np.ndarray, **profile: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count, height, width = image.shape
-    profile = {"driver": "GTiff", "count": count, "height": height, "width": width, **profile}
-    with gdal(), rasterio.open(path, "w", dtype=image.dtype, **profile) as target:
-        target.write(image)
 
 
 def embed(*images: np.ndarray) -> torch.Tensor:
@@ -56,17 +46,17 @@ def words(folder: Path | str, output: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture
-def archive(tmp_path: Path) -> Path:
+def archive(tmp_path: Path, write_raster: Any) -> Path:
     """Three images in subfolders, of two formats, and what lies about in real folders."""
     root = tmp_path / "archive"
-    write(root / "b" / "two.tif", pixels(2))
-    write(root / "a" / "deeper" / "one.tif", pixels(1))
+    write_raster(root / "b" / "two.tif", pixels(2))
+    write_raster(root / "a" / "deeper" / "one.tif", pixels(1))
     (root / "c").mkdir()
     Image.fromarray(pixels(3).transpose(1, 2, 0)).save(root / "c" / "three.png")
     (root / "README.txt").write_text("about these images")
     (root / "index.json").write_text("{}")
     (root / ".cache").mkdir()
-    write(root / ".cache" / "hidden.tif", pixels(9))
+    write_raster(root / ".cache" / "hidden.tif", pixels(9))
     return root
 
 
@@ -85,8 +75,8 @@ def test_the_statistics_are_those_of_the_images(archive: Path, tmp_path: Path) -
     assert [path.name for path in find_images(archive)] == ["one.tif", "two.tif", "three.png"]
 
 
-def test_linked_folders_are_searched_once(archive: Path, tmp_path: Path) -> None:
-    write(tmp_path / "elsewhere" / "four.tif", pixels(4))
+def test_linked_folders_are_searched_once(archive: Path, tmp_path: Path, write_raster: Any) -> None:
+    write_raster(tmp_path / "elsewhere" / "four.tif", pixels(4))
     (archive / "d").symlink_to(tmp_path / "elsewhere")
     (archive / "e").symlink_to(tmp_path / "elsewhere")
     (archive / "c" / "round").symlink_to(archive)
@@ -94,14 +84,14 @@ def test_linked_folders_are_searched_once(archive: Path, tmp_path: Path) -> None
     assert found == ["a/deeper/one.tif", "b/two.tif", "c/three.png", "d/four.tif"]
 
 
-def test_bands_limit_and_value_range(archive: Path, tmp_path: Path) -> None:
+def test_bands_limit_and_value_range(archive: Path, tmp_path: Path, write_raster: Any) -> None:
     measure_styles(config(archive, tmp_path / "s.json", bands=(3, 2, 1), limit=2), fail)
     expected = embed(pixels(1)[::-1].copy(), pixels(2)[::-1].copy()).mean(0)
     torch.testing.assert_close(StyleStatistics.load(tmp_path / "s.json").mean, expected, atol=1e-7, rtol=0)
 
     deep = tmp_path / "deep"
     for seed in (1, 2):
-        write(deep / f"{seed}.tif", pixels(seed).astype(np.uint16) * 40)
+        write_raster(deep / f"{seed}.tif", pixels(seed).astype(np.uint16) * 40)
     measure_styles(config(deep, tmp_path / "d.json", value_range=255 * 40.0), fail)
     expected = embed(pixels(1), pixels(2)).mean(0)
     torch.testing.assert_close(StyleStatistics.load(tmp_path / "d.json").mean, expected, atol=1e-6, rtol=0)
@@ -115,12 +105,12 @@ def test_the_same_archive_gives_the_same_bytes(archive: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("whole", [2**24, 0])
 def test_large_images_are_cut_and_holes_left_out(
-    whole: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_raster: Any
 ) -> None:
     monkeypatch.setattr(style_stats, "WHOLE", whole)
     image = np.maximum(pixels(5, (70, 100)), 1)
     image[:, 50, 20] = 0  # in one window of six
-    write(tmp_path / "scene.tif", image, nodata=0)
+    write_raster(tmp_path / "scene.tif", image, nodata=0)
     views = read_windows(tmp_path / "scene.tif", config(tmp_path, tmp_path / "s.json", image_size=32))
     places_of = spread_windows(70, 100, 32)
     assert len(places_of) == 6 and views.shape == (5, 3, 32, 32)
@@ -183,12 +173,12 @@ def test_the_shipped_file_is_what_the_command_makes(tmp_path: Path, monkeypatch:
 
 
 def test_images_that_cannot_be_used_are_named_and_left_out(
-    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture, write_raster: Any
 ) -> None:
     (archive / "b" / "broken.tif").write_bytes((archive / "b" / "two.tif").read_bytes()[:200])
-    write(archive / "b" / "grey.tif", pixels(1, bands=1))
-    write(archive / "b" / "deep.tif", pixels(1).astype(np.uint16) * 9)
-    write(archive / "b" / "empty.tif", np.zeros((3, 20, 20), np.uint8), nodata=0)
+    write_raster(archive / "b" / "grey.tif", pixels(1, bands=1))
+    write_raster(archive / "b" / "deep.tif", pixels(1).astype(np.uint16) * 9)
+    write_raster(archive / "b" / "empty.tif", np.zeros((3, 20, 20), np.uint8), nodata=0)
     assert main(words(archive, tmp_path / "s.json")) == 3
     out, err = capsys.readouterr()
     assert out.startswith(f"{tmp_path / 's.json'}: 3 styles of 3 images; 4 could not be used")
@@ -255,6 +245,9 @@ def test_folders_and_outputs_that_do_not_serve(tmp_path: Path, capsys: pytest.Ca
     assert "give a folder of images, or --data synthetic" in capsys.readouterr().err
     assert main(["style-stats", "--data", "synthetic", "--bands", "1,2,3", "--output", str(output)]) == 2
     assert "--bands: has no meaning for generated scenes" in capsys.readouterr().err
+    (tmp_path / "folder.json").mkdir()
+    assert main(words(tmp_path / "empty", tmp_path / "folder.json")) == 2
+    assert "folder.json: is a folder; give a file name" in capsys.readouterr().err
     output.write_text("{}")
     assert main(words(tmp_path / "empty", output)) == 2
     assert "already exists" in capsys.readouterr().err and output.read_text() == "{}"

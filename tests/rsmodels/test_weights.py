@@ -3,6 +3,7 @@
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -13,12 +14,6 @@ from segment_anything.modeling import Sam
 import rsmodels
 from rsmodels import weights
 from rsmodels.encoders.sam_vit import SamViT, sam_vit_tiny
-
-
-def one_line(error: pytest.ExceptionInfo[BaseException], *parts: object) -> None:
-    message = str(error.value)
-    assert "\n" not in message
-    assert all(str(part) in message for part in parts), message
 
 
 def images(*, size: int = 128, seed: int = 0) -> torch.Tensor:
@@ -156,7 +151,7 @@ def edited(sam_checkpoint: Path, path: Path, edit) -> str:
     return str(path)
 
 
-def test_encoder_key_that_matches_nothing(sam_checkpoint: Path, tmp_path: Path) -> None:
+def test_encoder_key_that_matches_nothing(sam_checkpoint: Path, tmp_path: Path, one_line: Any) -> None:
     def add(state):
         state["image_encoder.blocks.0.attn.extra"] = torch.zeros(3)
 
@@ -166,7 +161,7 @@ def test_encoder_key_that_matches_nothing(sam_checkpoint: Path, tmp_path: Path) 
     one_line(error, source, "1 encoder keys", "blocks.0.attn.extra", "give a checkpoint")
 
 
-def test_missing_encoder_key(sam_checkpoint: Path, tmp_path: Path) -> None:
+def test_missing_encoder_key(sam_checkpoint: Path, tmp_path: Path, one_line: Any) -> None:
     source = edited(
         sam_checkpoint, tmp_path / "less.pth", lambda state: state.pop("image_encoder.blocks.3.norm2.bias")
     )
@@ -175,7 +170,7 @@ def test_missing_encoder_key(sam_checkpoint: Path, tmp_path: Path) -> None:
     one_line(error, source, "blocks.3.norm2.bias")
 
 
-def test_half_a_neck_is_an_error(sam_checkpoint: Path, tmp_path: Path) -> None:
+def test_half_a_neck_is_an_error(sam_checkpoint: Path, tmp_path: Path, one_line: Any) -> None:
     source = edited(
         sam_checkpoint, tmp_path / "neck.pth", lambda state: state.pop("image_encoder.neck.1.bias")
     )
@@ -184,13 +179,13 @@ def test_half_a_neck_is_an_error(sam_checkpoint: Path, tmp_path: Path) -> None:
     one_line(error, source, "1.bias")
 
 
-def test_window_tables_are_never_resized(sam_checkpoint: Path) -> None:
+def test_window_tables_are_never_resized(sam_checkpoint: Path, one_line: Any) -> None:
     with pytest.raises(ValueError, match="rel_pos") as error:
         sam_vit_tiny(window_size=2).load_pretrained(str(sam_checkpoint))
     one_line(error, sam_checkpoint, "(7, 32)", "(3, 32)")
 
 
-def test_checkpoint_of_another_variant(sam_checkpoint: Path) -> None:
+def test_checkpoint_of_another_variant(sam_checkpoint: Path, one_line: Any) -> None:
     with torch.device("meta"):
         model = rsmodels.create_model("rs_sam_vit_b", num_classes=2)
     with pytest.raises(ValueError, match="holds a SAM tiny") as error:
@@ -198,7 +193,7 @@ def test_checkpoint_of_another_variant(sam_checkpoint: Path) -> None:
     one_line(error, sam_checkpoint, "4 blocks of width 128", "vit_b (12 blocks of width 768)")
 
 
-def test_not_a_sam_checkpoint(tmp_path: Path) -> None:
+def test_not_a_sam_checkpoint(tmp_path: Path, one_line: Any) -> None:
     torch.save({"layer1.weight": torch.zeros(2)}, tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match="no SAM image encoder") as error:
         sam_vit_tiny().load_pretrained(str(tmp_path / "resnet.pth"))
@@ -206,7 +201,7 @@ def test_not_a_sam_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["broken.pth", "broken.safetensors", "code.pth", "list.pth", "empty.pth"])
-def test_unreadable_files(tmp_path: Path, name: str) -> None:
+def test_unreadable_files(tmp_path: Path, name: str, one_line: Any) -> None:
     path = tmp_path / name
     if name == "code.pth":
         torch.save({"weight": Path("somewhere")}, path)  # an object: would need to run code
@@ -221,7 +216,7 @@ def test_unreadable_files(tmp_path: Path, name: str) -> None:
     one_line(error, path, "expected")
 
 
-def test_missing_file_and_folder(tmp_path: Path) -> None:
+def test_missing_file_and_folder(tmp_path: Path, one_line: Any) -> None:
     for source in (tmp_path / "nowhere.pth", "weights/sam_vit_b.pth", "./weights/sam"):
         with pytest.raises(FileNotFoundError, match="no such file") as error:
             weights.resolve(source)
@@ -231,7 +226,7 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
     one_line(error, tmp_path)
 
 
-def test_hub_id_without_the_package(monkeypatch) -> None:
+def test_hub_id_without_the_package(monkeypatch, one_line: Any) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="huggingface_hub") as error:
         weights.resolve("timm/samvit_base_patch16.sa1b")
@@ -242,7 +237,9 @@ def test_hub_id_without_the_package(monkeypatch) -> None:
     "source, expected",
     [("owner/name.v1", ("owner/name.v1", "model.safetensors")), ("a/b/c/sam.pth", ("a/b", "c/sam.pth"))],
 )
-def test_hub_id_is_downloaded(monkeypatch, tmp_path: Path, source: str, expected: tuple[str, str]) -> None:
+def test_hub_id_is_downloaded(
+    monkeypatch, tmp_path: Path, source: str, expected: tuple[str, str], one_line: Any
+) -> None:
     hub = pytest.importorskip("huggingface_hub")
     asked = []
 
@@ -301,7 +298,9 @@ def test_adapter_round_trip(sam_checkpoint: Path, tmp_path: Path) -> None:
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
 
 
-def test_adapter_needs_its_base(sam_checkpoint: Path, tmp_path: Path, miniature_sam: Sam) -> None:
+def test_adapter_needs_its_base(
+    sam_checkpoint: Path, tmp_path: Path, miniature_sam: Sam, one_line: Any
+) -> None:
     path = tmp_path / "adapter.safetensors"
     without = rsmodels.create_model("rs_sam_tiny", num_classes=2)
     with pytest.raises(ValueError, match="without pretrained=") as error:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import rasterio
 import torch
 from PIL import Image
 
@@ -26,15 +26,8 @@ def write_mask(path: Path, ids: np.ndarray, *, palette: bool = False) -> None:
     mask.save(path)
 
 
-def write_image(path: Path, seed: int, side: int = SIDE) -> None:
-    pixels = np.random.default_rng(seed).integers(0, 256, (3, side, side), np.uint8)
-    profile = {"driver": "GTiff", "count": 3, "height": side, "width": side, "dtype": "uint8"}
-    with rasterio.open(path, "w", **profile) as target:
-        target.write(pixels)
-
-
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path: Path, write_raster: Any) -> Path:
     """Tile N; four rows of each level, from low to high."""
     number = 0
     for split, count in COUNTS.items():
@@ -42,7 +35,8 @@ def root(tmp_path: Path) -> Path:
             (tmp_path / kind / split).mkdir(parents=True)
         for _ in range(count):
             levels = np.repeat(np.arange(5), SIDE // 5)[:, None].repeat(SIDE, 1)
-            write_image(tmp_path / f"img_dir/{split}/{number}.tif", number)
+            pixels = np.random.default_rng(number).integers(0, 256, (3, SIDE, SIDE), np.uint8)
+            write_raster(tmp_path / f"img_dir/{split}/{number}.tif", pixels)
             write_mask(tmp_path / f"ann_dir/{split}/{number}.png", levels, palette=number % 2 == 1)
             number += 1
     return tmp_path

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rasterio
 import torch
 from PIL import Image
 
@@ -21,15 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreference
 
 def picture(size: int) -> np.ndarray:
     return RNG.integers(0, 256, (size, size, 3), np.uint8)
-
-
-def write_tif(path: Path, array: np.ndarray) -> None:
-    bands = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count, height, width = bands.shape
-    profile = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": "uint8"}
-    with rasterio.open(path, "w", **profile) as target:
-        target.write(bands)
 
 
 @pytest.fixture
@@ -62,13 +52,13 @@ def whdld(tmp_path) -> Path:
 
 
 @pytest.fixture
-def whu(tmp_path) -> Path:
+def whu(tmp_path, write_raster) -> Path:
     for split, count in (("train", 3), ("val", 2), ("test", 1)):
         for index in range(count):
-            write_tif(tmp_path / split / "image" / f"{index}.tif", picture(32))
+            write_raster(tmp_path / split / "image" / f"{index}.tif", picture(32).transpose(2, 0, 1))
             label = np.zeros((32, 32), np.uint8)
             label[4:9] = 255
-            write_tif(tmp_path / split / "label" / f"{index}.tif", label)
+            write_raster(tmp_path / split / "label" / f"{index}.tif", label[None])
     return tmp_path
 
 
@@ -125,8 +115,8 @@ def test_whu_aerial_has_its_own_split(whu):
     assert set(sample["mask"].unique().tolist()) == {0, 1}
 
 
-def test_whu_of_0_and_1_is_another_copy_and_refused(whu):
-    write_tif(whu / "train/label/0.tif", np.eye(32, dtype=np.uint8))
+def test_whu_of_0_and_1_is_another_copy_and_refused(whu, write_raster):
+    write_raster(whu / "train/label/0.tif", np.eye(32, dtype=np.uint8)[None])
     with pytest.raises(ValueError, match=r"0\.tif: unknown label 1 .*255 building"):
         create_dataset("whu-aerial", root=whu)[0]
 

@@ -1,5 +1,6 @@
 """encoders/sam_vit.py: SAM parameter for parameter and number for number; LoRA; other sizes and bands."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 import rskernels
 import rsmodels
 from rsmodels.encoders.sam_vit import SamViT, sam_vit_b, sam_vit_h, sam_vit_l
+
+RelativeError = Callable[[Tensor, Tensor], float]
 
 OFFICIAL = {
     "vit_b": (sam_vit_b, dict(embed_dim=768, depth=12, num_heads=12, global_attn_indexes=(2, 5, 8, 11))),
@@ -39,10 +42,6 @@ def draw(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
-
-
 def backends() -> list[str]:
     return ["reference", *([] if "cpp" in rskernels.dispatch.UNAVAILABLE else ["cpp"])]
 
@@ -57,7 +56,9 @@ def test_parameters_are_the_official_ones(variant: str) -> None:
 
 @pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("image_size, window", [(64, 3), (64, 2), (96, 14), (16, 14)])
-def test_equals_segment_anything(image_size: int, window: int, backend: str) -> None:
+def test_equals_segment_anything(
+    image_size: int, window: int, backend: str, relative_error: RelativeError
+) -> None:
     """With windows that do not divide the grid: padded tokens are attended to, as SAM does."""
     sizes = dict(embed_dim=32, depth=3, num_heads=2)
     theirs = draw(official(image_size, window_size=window, out_chans=16, global_attn_indexes=(1,), **sizes))
@@ -69,7 +70,7 @@ def test_equals_segment_anything(image_size: int, window: int, backend: str) -> 
 
 
 @pytest.mark.parametrize("backend", backends())
-def test_gradients_equal_segment_anything(backend: str) -> None:
+def test_gradients_equal_segment_anything(backend: str, relative_error: RelativeError) -> None:
     """Of every parameter, the qkv bias included: part of its gradient comes from the padded tokens."""
     sizes = dict(embed_dim=32, depth=2, num_heads=2)
     theirs = draw(official(64, window_size=3, out_chans=16, global_attn_indexes=(1,), **sizes))
@@ -84,7 +85,7 @@ def test_gradients_equal_segment_anything(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", backends())
-def test_lora_adds_nothing_to_padded_tokens(backend: str) -> None:
+def test_lora_adds_nothing_to_padded_tokens(backend: str, relative_error: RelativeError) -> None:
     """The official encoder with the update folded into its weights pads after norm1, with zeros: so do we."""
     adapted = small(image_size=64, lora_rank=4)
     train_a_little(adapted)
@@ -104,7 +105,7 @@ def test_lora_adds_nothing_to_padded_tokens(backend: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("image_size", [512, 1024])
-def test_vit_b_equals_segment_anything(image_size: int) -> None:
+def test_vit_b_equals_segment_anything(image_size: int, relative_error: RelativeError) -> None:
     build, sizes = OFFICIAL["vit_b"]
     theirs = draw(official(image_size, **sizes))
     ours = build(image_size=image_size)
@@ -142,7 +143,7 @@ def train_a_little(encoder: SamViT) -> None:
             nn.init.normal_(parameter, std=0.2)
 
 
-def test_merge_and_unmerge_lora() -> None:
+def test_merge_and_unmerge_lora(relative_error: RelativeError) -> None:
     encoder = small(lora_rank=4)
     train_a_little(encoder)
     images = torch.randn(1, 3, 64, 96)
@@ -163,7 +164,7 @@ def test_freeze_leaves_lora() -> None:
 
 
 @pytest.mark.skipif("cpp" not in backends(), reason="the extension is not built")
-def test_lora_gradients_equal_the_reference() -> None:
+def test_lora_gradients_equal_the_reference(relative_error: RelativeError) -> None:
     encoder = small(lora_rank=4)
     encoder.freeze()
     train_a_little(encoder)

@@ -155,21 +155,6 @@ def test_two_ranks_find_what_one_finds(pixel_model, scenes, tmp_path: Path) -> N
     assert best == [tile.name for tile in alone.best]
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with an untrained tiny model for the synthetic classes, and a log."""
-    run = tmp_path_factory.mktemp("run")
-    dataset = rsmodels.data.create_dataset("synthetic", split="test", length=3, size=64)
-    torch.manual_seed(0)
-    model = rsmodels.create_model("rs_sam_tiny", num_classes=dataset.schema.num_logits, image_size=64)
-    schema = dataset.schema.to_dict()
-    info = {key: schema[key] for key in ("classes", "palette", "binary")}
-    rsmodels.save_model(model, run / "best", {**info, "training": {"data": "synthetic"}})
-    lines = [{"kind": "train", "step": step, "loss": 1 / step, "lr": 1e-3} for step in range(1, 5)]
-    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut sho')
-    return run
-
-
 def test_a_saved_model_is_evaluated_and_reported(run_folder: Path) -> None:
     config = EvaluateConfig(
         model=str(run_folder / "best"),

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+import tracemalloc
 
 import numpy as np
 import pytest
-import rasterio
 import torch
 import torch.nn.functional as F
-from PIL import Image as Pillow
+from rasterio.windows import Window
 from torch import Tensor
 
-import rsmodels
-from rsmodels.cli import main
 from rsmodels.data import IGNORE
-from rsmodels.data.raster import gdal
 from rsmodels.evaluation import feature_maps
 from rsmodels.evaluation.feature_maps import (
     Held,
@@ -27,6 +20,7 @@ from rsmodels.evaluation.feature_maps import (
     overview,
     sample_features,
     spread,
+    tile_maps,
 )
 from rsmodels.evaluation.feature_pictures import Basis, plane_figure
 from rsmodels.evaluation.layers import Layers
@@ -117,6 +111,27 @@ def test_empty_pixels_are_not_drawn() -> None:
     np.testing.assert_allclose(drawn[0, :2, :, 8:], expected[:, :, 8:], rtol=1e-5)
 
 
+def test_empty_tiles_take_no_memory_until_the_batch_is_full() -> None:
+    class Strip:
+        """A scene whose first and last tiles alone have pixels."""
+
+        size = (64, 64 * 3000)
+
+        def read(self, window: Window) -> tuple[np.ndarray, np.ndarray]:
+            filled = window.col_off in (0, 64 * 2999)
+            return np.ones((2, 64, 64), np.float32), np.full((64, 64), filled)
+
+    corners = ((left, 0, left) for left in range(0, 64 * 3000, 64))
+    tracemalloc.start()
+    try:
+        tiles = [(left, bool(maps)) for left, _, maps in tile_maps(pooling(16), Strip(), corners, 2)]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tiles == [(left, left in (0, 64 * 2999)) for left in range(0, 64 * 3000, 64)]
+    assert peak < 3000 * 64 * 64 / 4, f"{peak} bytes; their masks are four times that bound"
+
+
 @pytest.mark.parametrize(("size", "longest"), [((90, 70), 128), ((130, 70), 128), ((700, 300), 64)])
 def test_the_overview_is_every_kth_pixel(size: tuple[int, int], longest: int) -> None:
     image = held(*size)
@@ -188,183 +203,6 @@ def test_colours_span_the_features_and_survive_flat_ones() -> None:
     flat = Basis.fit(np.ones((5, 2), np.float32))  # fewer channels than colours, and no variance
     assert flat.components.shape == (3, 2) and sum(flat.shares) == 0
     assert flat.colours(flat.project(torch.ones(2, 3, 3)).numpy())["pca"].shape == (3, 3, 3)
-
-
-# ----------------------------------------------------------------------------------------- the command line
-
-
-@pytest.fixture(scope="module")
-def best(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("run") / "best"
-    torch.manual_seed(0)
-    rsmodels.save_model(rsmodels.create_model("rs_sam_tiny", num_classes=6, image_size=64), folder)
-    return str(folder)
-
-
-def write_scene(path: Path, height: int = 100, width: int = 140, **profile: Any) -> str:
-    pixels = np.random.default_rng(0).integers(1, 255, (3, height, width)).astype(np.uint8)
-    pixels[:, :, : width // 4] = 0
-    options = {"driver": "GTiff", "count": 3, "height": height, "width": width, "dtype": "uint8", **profile}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with gdal(), rasterio.open(path, "w", **options) as target:
-        target.write(pixels)
-    return str(path)
-
-
-def error_line(capsys: pytest.CaptureFixture) -> str:
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("rsmodels: error: ") and err.count("\n") == 1, (out, err)
-    return err.removeprefix("rsmodels: error: ").rstrip("\n")
-
-
-def test_pictures_of_a_scene(best: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    scene = write_scene(tmp_path / "scene.tif", nodata=0)
-    words = ["features", scene, "--model", best, "--layers", "1,3", "--output", str(tmp_path / "out")]
-    assert main([*words, "--device", "cpu"]) == 0
-    out, err = capsys.readouterr()
-    names = [
-        f"scene{part}.png" for part in ("", *(f"-layer-{i}-{k}" for i in (1, 3) for k in ("pca", "mean")))
-    ]
-    assert [Path(line).name for line in out.splitlines()] == names and err == ""
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(names)
-    with Pillow.open(tmp_path / "out" / "scene-layer-3-pca.png") as picture:
-        assert picture.size == (140, 100) and picture.mode == "RGBA"
-        alpha = np.asarray(picture)[..., 3]
-        assert (alpha[:, :16] == 0).all() and (alpha[:, 60:] == 255).all()
-    before = (tmp_path / "out" / "scene-layer-3-pca.png").read_bytes()
-    assert main([*words, "--device", "cpu"]) == 0
-    assert (tmp_path / "out" / "scene-layer-3-pca.png").read_bytes() == before
-
-
-def test_pictures_of_folders_and_of_an_ordinary_image(
-    best: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    for name in ("a/1.png", "a/2.png", "b/1.png"):
-        write_scene(tmp_path / name, 64, 64, driver="PNG")
-    words = ["features", str(tmp_path / "a"), str(tmp_path / "b"), "--model", best, "--most", "1"]
-    assert main([*words, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
-    assert len(list((tmp_path / "out" / "a").iterdir())) == len(list((tmp_path / "out" / "b").iterdir())) == 3
-
-
-def test_pictures_of_a_data_sets_domain(best: str, tmp_path: Path) -> None:
-    words = ["features", "region=coast", "--data", "synthetic", "--data-args.size", "64", "--most", "1"]
-    assert main([*words, "--model", best, "--output", str(tmp_path), "--layers", "2", "--device", "cpu"]) == 0
-    (folder,) = tmp_path.iterdir()
-    assert folder.name == "region=coast" and len(list(folder.iterdir())) == 3
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("nowhere.tif", "nowhere.tif: no such file"),
-        ("SCENE --model nothing", "--model nothing: neither a folder"),
-        ("SCENE --layers 9", "--layers 9: rs_sam_tiny has the layers 0 to 3"),
-        ("SCENE --root x", "--root belongs to a data set"),
-        ("SCENE SCENE", "one of them is named twice"),
-        ("SCENE OTHER", "two of the images would be drawn there"),
-        ("EMPTY", "this folder holds no images"),
-        ("SCENE --most 0", "--most must be at least 1"),
-        ("SCENE --output SCENE", "is a file; give a folder"),
-        ("nowhere --data synthetic", "is not understood"),
-        ("SCENE --compare", "--compare takes two or more"),
-        ("SCENE --overlap 1", "overlap 1.0 is not in [0, 1)"),
-    ],
-)
-def test_what_is_wrong_is_one_line_and_2(
-    words: str,
-    message: str,
-    best: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-    fake_umap: list[Any],
-) -> None:
-    (tmp_path / "empty").mkdir()
-    places = {
-        "SCENE": write_scene(tmp_path / "scene.tif", 64, 64),
-        "OTHER": write_scene(tmp_path / "other" / "scene.tif", 64, 64),
-        "EMPTY": str(tmp_path / "empty"),
-    }
-    chosen = [places.get(word, word) for word in words.split()]
-    for option, value in (("--model", best), ("--output", str(tmp_path / "out"))):
-        if option not in chosen:
-            chosen += [option, value]
-    assert main(["features", *chosen, "--device", "cpu"]) == 2
-    assert message in error_line(capsys)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_scene_without_a_pixel_is_said(best: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = tmp_path / "empty.tif"
-    options = {"driver": "GTiff", "count": 3, "height": 64, "width": 64, "dtype": "uint8", "nodata": 0}
-    with gdal(), rasterio.open(path, "w", **options) as target:
-        target.write(np.zeros((3, 64, 64), np.uint8))
-    assert main(["features", str(path), "--model", best, "--output", str(tmp_path / "out")]) == 2
-    assert "every pixel of the images is nodata" in error_line(capsys)
-
-
-# ---------------------------------------------------------------------------------------- several domains
-
-
-@pytest.fixture
-def fake_umap(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A module in place of umap-learn, which keeps what it is given and puts features on their first two."""
-    seen: list[Any] = []
-
-    class UMAP:
-        def __init__(self, **options: Any) -> None:
-            seen.append(options)
-
-        def fit_transform(self, features: np.ndarray) -> np.ndarray:
-            seen.append(features)
-            return features[:, :2]
-
-    monkeypatch.setitem(sys.modules, "umap", SimpleNamespace(UMAP=UMAP))
-    return seen
-
-
-def test_two_domains_in_one_plane(
-    best: str, tmp_path: Path, fake_umap: list[Any], capsys: pytest.CaptureFixture
-) -> None:
-    words = (
-        "features bands=rgb bands=irrg --data synthetic --data-args.size 64 --data-args.length 3 --compare"
-    )
-    options = [
-        "--model",
-        best,
-        "--output",
-        str(tmp_path),
-        "--points",
-        "20",
-        "--layers",
-        "0,3",
-        "--device",
-        "cpu",
-    ]
-    assert main([*words.split(), *options]) == 0
-    written = [tmp_path / f"umap-layer-{index}.png" for index in (0, 3)]
-    assert capsys.readouterr().out.split() == [str(path) for path in written]
-    assert sorted(tmp_path.iterdir()) == written
-    asked = [options for options in fake_umap if isinstance(options, dict)]
-    features = [array for array in fake_umap if not isinstance(array, dict)]
-    assert asked == [{"n_neighbors": 15, "random_state": 0}] * 2
-    assert all(array.shape[1] == 128 and 36 <= len(array) <= 42 for array in features)
-
-
-def test_two_scenes_in_one_plane(best: str, tmp_path: Path, fake_umap: list[Any]) -> None:
-    scenes = [write_scene(tmp_path / name / "scene.tif", 64, 64) for name in ("a", "b")]
-    words = ["features", *scenes, "--compare", "--model", best, "--output", str(tmp_path / "out")]
-    assert main([*words, "--points", "5", "--device", "cpu"]) == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["umap-layer-3.png"]
-    assert fake_umap[0]["n_neighbors"] == 9 and len(fake_umap[1]) == 10
-
-
-def test_without_umap_the_way_out_is_said(
-    best: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "umap", None)
-    assert main(["features", "a.tif", "b.tif", "--compare", "--model", best, "--output", str(tmp_path)]) == 2
-    line = error_line(capsys)
-    assert line.startswith("--compare needs umap-learn") and line.endswith('pip install "rsmodels[viz]"')
 
 
 def test_the_plane_shows_domains_and_classes() -> None:

@@ -8,6 +8,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 from rsmodels.heads.mask2former import Mask2FormerHead, Mask2FormerOutput, semantic_scores
 from rsmodels.heads.mask2former_weights import from_transformers
+from rsmodels.layers import resize
 
 CHANNELS = (8, 16, 32, 64)
 EVEN = ((16, 24), (8, 12), (4, 6), (2, 3))
@@ -184,6 +185,20 @@ def test_queries_from_outside(theirs: Mask2FormerForUniversalSegmentation) -> No
         bare(features)
     with pytest.raises(ValueError, match=r"\(7, 16\).*\(Q, 32\)"):
         bare(features, (position[:, :16], content[:, :16]))
+
+
+def test_maps_of_one_size_are_resized_to_the_levels() -> None:
+    """A plain ViT's four maps: the same as resizing them before the head, gradients too."""
+    torch.manual_seed(0)
+    head = Mask2FormerHead([24] * 4, 3, **SIZES).double()
+    sizes = [(16, 20), (8, 10), (4, 5), (2, 3)]
+    features = torch.randn(4, 2, 24, 4, 5, dtype=torch.float64, requires_grad=True)
+    resized = [resize(x, size) for x, size in zip(features, sizes, strict=True)]
+    expected, found = head(resized), head(list(features), sizes=sizes)
+    for a, b in zip(expected.classes + expected.masks, found.classes + found.masks, strict=True):
+        torch.testing.assert_close(a, b)
+    loss_a, loss_b = (output.masks[-1].square().sum() for output in (expected, found))
+    torch.testing.assert_close(*(torch.autograd.grad(loss, features)[0] for loss in (loss_a, loss_b)))
 
 
 @pytest.mark.parametrize(

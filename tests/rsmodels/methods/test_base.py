@@ -4,10 +4,11 @@ import pytest
 import torch
 
 import rsmodels
+from rsmodels.methods.base import Segmenter
 from rsmodels.registry import IMAGENET_MEAN
 
 
-@pytest.mark.parametrize("name", ["ktda_tiny", "dinov2_upernet_tiny"])
+@pytest.mark.parametrize("name", ["ktda_tiny", "dinov2_upernet_tiny", "rs_sam_tiny"])
 @pytest.mark.parametrize("shape", [(2, 3, 64, 96), (2, 4, 64, 64), (3, 64, 64)])
 def test_images_of_another_shape_are_refused(name: str, shape: tuple[int, ...]) -> None:
     model = rsmodels.create_model(name, num_classes=2, image_size=64)
@@ -22,3 +23,12 @@ def test_a_student_of_four_bands() -> None:
     assert model.preprocessing.mean == (*IMAGENET_MEAN, IMAGENET_MEAN[0])
     with torch.no_grad():
         assert model(torch.zeros(2, 4, 64, 64)).shape == (2, 2, 64, 64)
+
+
+def test_a_segmenter_without_all_its_parts_is_refused() -> None:
+    class Half(Segmenter):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images
+
+    with pytest.raises(TypeError, match="losses_and_logits"):
+        Half(num_classes=2, image_size=64)

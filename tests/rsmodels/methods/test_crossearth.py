@@ -102,7 +102,7 @@ def test_the_terms_are_equation_10(remembered: Callable, mim_loss: str, mim_targ
     torch.testing.assert_close(terms["mim"], expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(terms["delta"], F.l1_loss(restored_s, restored_m), rtol=1e-4, atol=1e-6)
 
-    output = model.head(model._pyramid(x_s, model._encode(x_s)), model.rein.queries())
+    output = model._segment(x_s, model._encode(x_s))
     with torch.no_grad():  # L_Seg takes its points behind the styles and masks: draw the same ones
         torch.manual_seed(2)
         model._styled(data["image"])

@@ -21,12 +21,6 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def one_line(error: pytest.ExceptionInfo[BaseException], *parts: str) -> None:
-    message = str(error.value)
-    assert "\n" not in message
-    assert all(part in message for part in parts), message
-
-
 def test_maps_are_raw_but_the_last_which_is_normed() -> None:
     teacher = make(image_size=(32, 50), fit="pad")
     images = draw(2, 3, 32, 50)
@@ -110,13 +104,15 @@ def test_weights_come_from_a_file(tmp_path: Any) -> None:
         ("dinov2_vit_tiny", {"patch_size": 0}, ("patch_size=0", "14, 16")),
     ],
 )
-def test_bad_arguments_are_one_line(name: str, options: dict[str, Any], parts: tuple[str, ...]) -> None:
+def test_bad_arguments_are_one_line(
+    name: str, options: dict[str, Any], parts: tuple[str, ...], one_line: Any
+) -> None:
     with pytest.raises(ValueError) as error:
         rsmodels.create_teacher(name, image_size=32, **options)
     one_line(error, *parts)
 
 
-def test_images_of_another_size_are_refused() -> None:
+def test_images_of_another_size_are_refused(one_line: Any) -> None:
     with pytest.raises(ValueError) as error:
         make()(draw(1, 3, 64, 64))
     one_line(error, "(1, 3, 64, 64)", "(B, 3, 32, 32)")

@@ -1,5 +1,6 @@
-"""A run small enough to take steps in milliseconds, on real parts: the tiny model, synthetic scenes."""
+"""Runs small enough to take steps in milliseconds, on real parts, and what they have written."""
 
+import json
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -10,13 +11,17 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from torch import Tensor
 
+from rsmodels.methods.teacher import Teacher
+from rsmodels.registry import create_teacher, load_model
 from rsmodels.training.config import LoaderConfig, OptimConfig, TrainConfig
 
 MakeConfig = Callable[..., TrainConfig]
+State = dict[str, Tensor]
 
-# Two debug records per tensor and checkpoint: pytest would keep them all.
+# Two debug records per tensor and checkpoint: pytest would keep them all. The import sets another level.
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
 
 
@@ -75,10 +80,77 @@ def make_config(tmp_path: Path) -> MakeConfig:
     return make
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """As in the subprocesses that the runs are compared with."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module", autouse=True)
+def as_in_subprocesses(one_thread: None) -> None:
+    """Runs in this process are compared with runs in subprocesses, which have one thread."""
+
+
+@pytest.fixture
+def ktda(make_config: MakeConfig) -> MakeConfig:
+    """make_config of a small run of KTDA, which learns from a teacher."""
+
+    def make(**options: Any) -> TrainConfig:
+        return make_config(**{"method": "ktda", **options})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher() -> Callable[..., Teacher]:
+    """tiny_teacher(seed) -> the teacher of that run of KTDA, with other weights for another seed."""
+
+    def make(seed: int = 0) -> Teacher:
+        torch.manual_seed(seed)
+        return create_teacher("dinov2_vit_tiny", image_size=32)
+
+    return make
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images every pass of a teacher saw."""
+    seen: list[int] = []
+    forward = Teacher.forward
+
+    def counting(self: Teacher, images: Tensor) -> list[Tensor]:
+        seen.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(Teacher, "forward", counting)
+    return seen
+
+
+# ------------------------------------------------------------------------------------- what a run has written
+
+
+@pytest.fixture(scope="session")
+def log_of() -> Callable[..., list[dict[str, Any]]]:
+    """log_of(run, kind) -> the lines of that kind in a run's log, those of training if it is not given."""
+
+    def read(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["kind"] == kind]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def losses(log_of: Any) -> Callable[[Path], list[float]]:
+    """losses(run) -> the loss of every step in a run's log."""
+    return lambda run: [line["loss"] for line in log_of(run)]
+
+
+@pytest.fixture(scope="session")
+def weights_of() -> Callable[[Path], State]:
+    """weights_of(run) -> those of the best model of a run."""
+    return lambda run: load_model(run / "best")[0].state_dict()
+
+
+@pytest.fixture(scope="session")
+def same_weights() -> Callable[[State, State], bool]:
+    """Whether two models have the same parameters, to the bit."""
+
+    def same(first: State, second: State) -> bool:
+        return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+    return same

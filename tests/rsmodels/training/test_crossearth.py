@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-import rsmodels
 from rsmodels.style import synthetic_field
 from rsmodels.training.build import schedule
 from rsmodels.training.config import OptimConfig, TrainConfig, resolve
@@ -27,11 +25,9 @@ def losses(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k.startswith("loss")} for line in lines]
 
 
-def weights(run: Path) -> dict[str, Tensor]:
-    return rsmodels.load_model(run / "best")[0].state_dict()
-
-
-def test_a_resumed_run_draws_what_an_unbroken_one_draws(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_resumed_run_draws_what_an_unbroken_one_draws(
+    make_config: MakeConfig, tmp_path: Path, weights_of: Any, same_weights: Any
+) -> None:
     """To the bit, and the file that its styles came from is not looked for again."""
     statistics = tmp_path / "field.json"
     synthetic_field().save(statistics)
@@ -44,8 +40,7 @@ def test_a_resumed_run_draws_what_an_unbroken_one_draws(make_config: MakeConfig,
     assert losses(resumed) == losses(whole)[3:]
     drawn = [terms["loss_delta"] > 0 for terms in losses(whole)[:6]]
     assert any(drawn[3:]) and not all(drawn)
-    first, second = weights(whole), weights(resumed)
-    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    assert same_weights(weights_of(resumed), weights_of(whole))
 
 
 def test_a_run_from_its_encoder_to_its_report(make_config: MakeConfig) -> None:

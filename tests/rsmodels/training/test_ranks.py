@@ -45,21 +45,20 @@ def launch(jobs: list[dict[str, Any]], *, ranks: int) -> subprocess.CompletedPro
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, configure: Any, with_same_draws: Any) -> dict[str, Any]:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, configure: Any, with_same_draws: Any, one_thread: None
+) -> dict[str, Any]:
     """Run folders by name, and what the launches said."""
     folder = tmp_path_factory.mktemp("runs")
 
     def job(name: str, **options: Any) -> dict[str, Any]:
         return {"run": str(folder / name), **LENGTH, **options}
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     # One process that sees the same passes as two ranks; two ranks resume from its checkpoint, too.
     train(configure(folder / "alone", **LENGTH, accumulate=2))
     train(configure(folder / "single", **LENGTH))
     with with_same_draws():
         train(configure(folder / "crossearth alone", **{**LENGTH, **CROSSEARTH}))
-    torch.set_num_threads(threads)
 
     said = {
         "killed single": launch([job("killed single", die_in_step=KILLED_IN)], ranks=1),

@@ -8,74 +8,39 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import rsmodels
 from rsmodels.data import SyntheticEarth
-from rsmodels.files import atomic_path
-from rsmodels.methods.teacher import Teacher
-from rsmodels.registry import METHODS, Preprocessing, create_teacher
+from rsmodels.registry import METHODS
 from rsmodels.training.checkpoint import newest_first
 from rsmodels.training.config import LoaderConfig, OptimConfig, TrainConfig
 from rsmodels.training.parallel import Ranks
-from rsmodels.training.teacher import FrozenTeacher
 from rsmodels.training.trainer import Trainer, train
 
-CPU = torch.device("cpu")
-ALONE = Ranks(0, 1, CPU)
-PREPROCESSING = Preprocessing((1.0, 2.0, 3.0), (2.0, 2.0, 2.0))
+ALONE = Ranks(0, 1, torch.device("cpu"))
 MakeConfig = Callable[..., TrainConfig]
 
 
-def network(seed: int = 0) -> Teacher:
-    torch.manual_seed(seed)
-    return create_teacher("dinov2_vit_tiny", image_size=32)
-
-
-def lines_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in lines_of(run)]
-
-
 @pytest.fixture
-def ktda(make_config: MakeConfig) -> MakeConfig:
-    """make_config of a small run of KTDA."""
+def save_teacher(tiny_teacher: Any) -> Callable[[Path, int], str]:
+    """Writes the weights of a teacher to a file, whose name is returned."""
 
-    def make(**options: Any) -> TrainConfig:
-        return make_config(**{"method": "ktda", **options})
+    def save(path: Path, seed: int) -> str:
+        torch.save(tiny_teacher(seed).encoder.state_dict(), path)
+        return str(path)
 
-    return make
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images every pass of a teacher saw."""
-    seen: list[int] = []
-    forward = Teacher.forward
-
-    def counting(self: Teacher, images: Tensor) -> list[Tensor]:
-        seen.append(len(images))
-        return forward(self, images)
-
-    monkeypatch.setattr(Teacher, "forward", counting)
-    return seen
+    return save
 
 
 # ---------------------------------------------------------------------------------------------- training
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
-def test_every_method_trains_and_validates(make_config: MakeConfig, method: str) -> None:
+def test_every_method_trains_and_validates(make_config: MakeConfig, method: str, log_of: Any) -> None:
     run = train(make_config(method=method, steps=1))
-    terms = {name for name in lines_of(run)[0] if name.startswith("loss_")}
+    terms = {name for name in log_of(run)[0] if name.startswith("loss_")}
     assert len(terms) >= 2 and ({"loss_kl", "loss_mse"} <= terms) == (method == "ktda")
-    assert len(lines_of(run, "validation")) == 1
+    assert len(log_of(run, "validation")) == 1
 
 
 def test_the_teacher_is_asked_once_per_batch_and_for_validation(ktda: MakeConfig, asked: list[int]) -> None:
@@ -86,7 +51,7 @@ def test_the_teacher_is_asked_once_per_batch_and_for_validation(ktda: MakeConfig
     assert asked[:4] == [2] * 4 and sum(asked[4:]) == len(trainer.val_set)
 
 
-def test_the_teacher_never_changes_and_leaves_no_trace(ktda: MakeConfig) -> None:
+def test_the_teacher_never_changes_and_leaves_no_trace(ktda: MakeConfig, log_of: Any) -> None:
     """And the student comes closer to it."""
     four = {"size": 32, "length": 4}  # the same batch again and again
     trainer = Trainer(ktda(steps=20, checkpoint_every=20, log_every=19, lr=3e-3, data_args=four), ALONE)
@@ -96,7 +61,7 @@ def test_the_teacher_never_changes_and_leaves_no_trace(ktda: MakeConfig) -> None
     trainer.log.close()
     assert inside.sha256() == before and not inside.training
     assert all(parameter.grad is None for parameter in inside.parameters())
-    first, *_, last = (line["loss_mse"] for line in lines_of(trainer.folder))
+    first, *_, last = (line["loss_mse"] for line in log_of(trainer.folder))
     assert last < first, (first, last)
     optimised = {id(parameter) for parameter in trainer.parameters}
     assert not optimised & {id(parameter) for parameter in inside.parameters()}
@@ -125,10 +90,10 @@ def test_two_runs_see_one_teacher_and_another_seed_another(ktda: MakeConfig) -> 
 
 
 def test_without_transfer_there_is_no_teacher(
-    ktda: MakeConfig, asked: list[int], capsys: pytest.CaptureFixture[str]
+    ktda: MakeConfig, asked: list[int], capsys: pytest.CaptureFixture[str], log_of: Any
 ) -> None:
     run = train(ktda(steps=1, model_args={"transfer": False}))
-    assert not asked and "loss_kl" not in lines_of(run)[0]
+    assert not asked and "loss_kl" not in log_of(run)[0]
     assert "ktda_tiny with these arguments learns from no teacher" in capsys.readouterr().err
 
 
@@ -157,7 +122,7 @@ def test_random_weights_that_are_frozen_are_said(
 
 
 def test_frozen_weights_of_a_file_need_no_word(
-    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], save_teacher: Any
 ) -> None:
     """Nor do they in the run that goes on, which reads no such file."""
     weights = save_teacher(tmp_path / "dinov2.pth", 1)
@@ -167,7 +132,26 @@ def test_frozen_weights_of_a_file_need_no_word(
     assert "random" not in capsys.readouterr().err
 
 
-def test_bf16_trains_close_to_fp32(ktda: MakeConfig) -> None:
+def test_the_decay_spares_norms_and_the_warm_up_is_the_papers(ktda: MakeConfig) -> None:
+    config = ktda(steps=20)
+    config.optim = OptimConfig(warmup=10)
+    config.loader = LoaderConfig(cache=True)
+    trainer = Trainer(config, ALONE)
+    decayed, plain = trainer.optimizer.param_groups
+    trainer.log.close()
+    assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0.0
+    norms = {
+        id(parameter)
+        for module in trainer.model.modules()
+        if isinstance(module, torch.nn.BatchNorm2d) or "Norm" in type(module).__name__
+        for parameter in module.parameters(recurse=False)
+    }
+    assert norms and norms <= {id(parameter) for parameter in plain["params"]}
+    assert trainer.learning_rate(0) == pytest.approx(1e-3 * 1e-3)
+    assert trainer.learning_rate(9) == pytest.approx(1e-3)
+
+
+def test_bf16_trains_close_to_fp32(ktda: MakeConfig, losses: Any) -> None:
     exact, rounded = (losses(train(ktda(folder=dtype, dtype=dtype, steps=1))) for dtype in ("fp32", "bf16"))
     assert rounded == pytest.approx(exact, rel=2e-2) and rounded != exact
 
@@ -175,26 +159,25 @@ def test_bf16_trains_close_to_fp32(ktda: MakeConfig) -> None:
 # --------------------------------------------------------------------------------------------- resuming
 
 
-def save_teacher(path: Path, seed: int) -> str:
-    torch.save(network(seed).encoder.state_dict(), path)
-    return str(path)
-
-
-def test_resume_ends_with_the_same_bits(ktda: MakeConfig, tmp_path: Path) -> None:
+def test_resume_ends_with_the_same_bits(
+    ktda: MakeConfig, tmp_path: Path, losses: Any, save_teacher: Any, weights_of: Any
+) -> None:
     """Batch norms included."""
     weights = save_teacher(tmp_path / "teacher.pth", 0)
     run = train(ktda(steps=4, checkpoint_every=3, teacher_weights=weights))
-    first, expected = rsmodels.load_model(run / "best")[0].state_dict(), losses(run)
+    first, expected = weights_of(run), losses(run)
     (run / "checkpoints" / "step-4" / "state.json").unlink()
     shutil.rmtree(run / "best")
     train(ktda(steps=4, resume="auto", teacher_weights=weights))
-    second = rsmodels.load_model(run / "best")[0].state_dict()
+    second = weights_of(run)
     assert any("running_var" in name for name in first)
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
     assert losses(run) == expected
 
 
-def test_another_teacher_is_no_reason_to_go_on(ktda: MakeConfig, tmp_path: Path) -> None:
+def test_another_teacher_is_no_reason_to_go_on(
+    ktda: MakeConfig, tmp_path: Path, losses: Any, save_teacher: Any
+) -> None:
     one, two = (save_teacher(tmp_path / f"{seed}.pth", seed) for seed in (1, 2))
     train(ktda(steps=1, teacher_weights=one))
     for other in ({"teacher_weights": two}, {"teacher_weights": one, "teacher_fit": "resize"}):
@@ -275,170 +258,3 @@ def test_the_cache_is_a_folder(ktda: MakeConfig, tmp_path: Path) -> None:
 
 def test_one_tile_per_pass_is_enough_without_batch_norms(make_config: MakeConfig) -> None:
     Trainer(make_config(batch_size=1), ALONE).log.close()
-
-
-# ------------------------------------------------------------------------------------------------ cache
-
-
-def ask(teacher: FrozenTeacher, raw: Tensor) -> list[Tensor]:
-    return teacher(PREPROCESSING.normalize(raw), raw, PREPROCESSING)
-
-
-@pytest.fixture
-def raw() -> Tensor:
-    return torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(3)).float()
-
-
-@pytest.fixture
-def cached(tmp_path: Path) -> FrozenTeacher:
-    return FrozenTeacher(network(), {}, dtype=torch.float32, cache=tmp_path / "maps")
-
-
-def same(first: list[Tensor], second: list[Tensor]) -> bool:
-    return len(first) == len(second) == 4 and all(
-        torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(first, second, strict=True)
-    )
-
-
-def test_hits_are_the_same_bits_and_ask_nobody(cached: FrozenTeacher, raw: Tensor, asked: list[int]) -> None:
-    first = ask(cached, raw)
-    assert asked == [1, 1, 1]
-    assert same(ask(cached, raw), first) and len(asked) == 3
-    # Another batch, in another order, with one that is new.
-    batch = torch.stack([raw[2], raw[0] + 1, raw[1]])
-    found = ask(cached, batch)
-    assert len(asked) == 4
-    assert all(torch.equal(level[[0, 2]], before[[2, 1]]) for level, before in zip(found, first, strict=True))
-    uncached = FrozenTeacher(network(), {}, dtype=torch.float32)
-    for level, exact in zip(first, ask(uncached, raw), strict=True):
-        torch.testing.assert_close(level, exact)
-
-
-def test_bf16_maps_keep_their_bits(tmp_path: Path, raw: Tensor, asked: list[int]) -> None:
-    teacher = FrozenTeacher(network(), {}, dtype=torch.bfloat16, cache=tmp_path)
-    assert same(ask(teacher, raw), ask(teacher, raw)) and len(asked) == 3
-    exact = FrozenTeacher(network(), {}, dtype=torch.float32, cache=tmp_path)
-    assert not same(ask(exact, raw), ask(teacher, raw)) and len(asked) == 6, "one folder, two computations"
-
-
-def files(teacher: FrozenTeacher) -> list[Path]:
-    assert teacher.cache is not None
-    return sorted(teacher.cache.folder.rglob("*.safetensors"))
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-9])
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
-
-
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-def rewrite(file: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    """The same bytes of maps under another header."""
-    with safe_open(file, framework="pt") as opened:
-        metadata = opened.metadata()
-    save_file(change(load_file(file)), file, metadata)
-
-
-def other_dtype(file: Path) -> None:
-    rewrite(file, lambda maps: {name: value.view(torch.int32) for name, value in maps.items()})
-
-
-def other_shape(file: Path) -> None:
-    rewrite(file, lambda maps: {name: value.flatten(1) for name, value in maps.items()})
-
-
-def no_maps(file: Path) -> None:
-    save_file({}, file, {"crc32": "0"})
-
-
-@pytest.mark.parametrize("damage", [cut, flip, empty, other_dtype, other_shape, no_maps])
-def test_a_damaged_file_is_computed_anew(
-    cached: FrozenTeacher, raw: Tensor, asked: list[int], damage: Callable[[Path], None]
-) -> None:
-    first = ask(cached, raw)
-    file = files(cached)[1]
-    whole = file.read_bytes()
-    damage(file)
-    assert same(ask(cached, raw), first) and len(asked) == 4
-    assert file.read_bytes() == whole
-
-
-def test_a_full_disk_ends_the_keeping_and_not_the_run(
-    cached: FrozenTeacher, raw: Tensor, asked: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*arguments: object) -> None:
-        raise OSError(28, "no space left on the disk")
-
-    monkeypatch.setattr("rsmodels.training.teacher.MapCache.write", full)
-    with pytest.warns(UserWarning, match="--teacher-cache: .*no space left") as warned:
-        first = ask(cached, raw)
-    assert len(warned) == 1 and cached.cache is None
-    for level, again in zip(first, ask(cached, raw), strict=True):
-        torch.testing.assert_close(level, again)
-
-
-def test_what_a_killed_write_left_is_no_hit(cached: FrozenTeacher, raw: Tensor, asked: list[int]) -> None:
-    first = ask(cached, raw)
-    file = files(cached)[0]
-    whole = file.read_bytes()
-    with pytest.raises(KeyboardInterrupt), atomic_path(file) as temporary:
-        left = temporary
-        raise KeyboardInterrupt
-    file.unlink()
-    left.write_bytes(whole[:100])  # where SIGKILL leaves it
-    assert same(ask(cached, raw), first) and len(asked) == 4
-    assert file.read_bytes() == whole and left.read_bytes() == whole[:100]
-
-
-def test_everything_that_decides_over_the_maps_is_in_the_key(
-    cached: FrozenTeacher, raw: Tensor, tmp_path: Path, asked: list[int]
-) -> None:
-    ask(cached, raw)
-    folder = tmp_path / "maps"
-    others = [
-        FrozenTeacher(network(seed=1), {}, dtype=torch.float32, cache=folder),
-        FrozenTeacher(network(), {"fit": "resize"}, dtype=torch.float32, cache=folder),
-    ]
-    for count, other in enumerate(others, start=2):
-        ask(other, raw)
-        assert len(asked) == len(files(cached)) == 3 * count
-    normalised = Preprocessing((1.0, 2.0, 3.5), (2.0, 2.0, 2.0))
-    cached(normalised.normalize(raw), raw, normalised)
-    assert len(asked) == 12
-
-
-def test_a_run_with_a_cache_asks_once_per_tile(ktda: MakeConfig, asked: list[int], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"steps": 4, "data_args": {"size": 32, "length": 6}}
-    first = train(ktda(folder="first", teacher_cache=str(tmp_path / "maps"), **options))
-    tiles = len(list((tmp_path / "maps").rglob("*.safetensors")))
-    assert asked == [1] * tiles and tiles <= 6 * 3
-    second = train(ktda(folder="second", teacher_cache=str(tmp_path / "maps"), **options))
-    assert len(asked) == tiles, "runs share a folder"
-    assert losses(first) == losses(second)
-
-
-def test_the_decay_spares_norms_and_the_warm_up_is_the_papers(ktda: MakeConfig) -> None:
-    config = ktda(steps=20)
-    config.optim = OptimConfig(warmup=10)
-    config.loader = LoaderConfig(cache=True)
-    trainer = Trainer(config, ALONE)
-    decayed, plain = trainer.optimizer.param_groups
-    trainer.log.close()
-    assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0.0
-    norms = {
-        id(parameter)
-        for module in trainer.model.modules()
-        if isinstance(module, torch.nn.BatchNorm2d) or "Norm" in type(module).__name__
-        for parameter in module.parameters(recurse=False)
-    }
-    assert norms and norms <= {id(parameter) for parameter in plain["params"]}
-    assert trainer.learning_rate(0) == pytest.approx(1e-3 * 1e-3)
-    assert trainer.learning_rate(9) == pytest.approx(1e-3)

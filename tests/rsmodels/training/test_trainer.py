@@ -1,11 +1,9 @@
 """One process, in this process: what a run writes, how it ends, and what it computes."""
 
-import json
 import math
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,26 +27,13 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 MakeConfig = Callable[..., TrainConfig]
 
 
-def log_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
-def weights_of(run: Path) -> dict[str, Tensor]:
-    return rsmodels.load_model(run / "best")[0].state_dict()
-
-
-def same_weights(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
-
-
 def cross_entropy_per_pixel(self: RSSAM, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
     """A loss that is a plain mean over pixels: the mean over passes is then the mean over the batch."""
     logits = self(batch["image"])
     return {"ce": torch.nn.functional.cross_entropy(logits, batch["mask"])}, logits
 
 
-def test_a_run_folder_has_all_that_the_design_lists(make_config: MakeConfig) -> None:
+def test_a_run_folder_has_all_that_the_design_lists(make_config: MakeConfig, log_of: Any) -> None:
     config = make_config(
         report=True, steps=3, validate_every=2, checkpoint_every=2, bands=(3, 1, 2), loader=LoaderConfig()
     )
@@ -75,14 +60,14 @@ def test_a_run_folder_has_all_that_the_design_lists(make_config: MakeConfig) -> 
     assert model.preprocessing.bands == (3, 1, 2)
 
 
-def test_loss_falls_in_thirty_steps(make_config: MakeConfig) -> None:
+def test_loss_falls_in_thirty_steps(make_config: MakeConfig, log_of: Any) -> None:
     run = train(make_config(steps=30, log_every=5, lr=3e-3))
     losses = [line["loss"] for line in log_of(run)]
     assert losses[-1] < 0.9 * losses[0]
 
 
 def test_accumulation_equals_the_large_batch(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, log_of: Any
 ) -> None:
     monkeypatch.setattr(RSSAM, "losses_and_logits", cross_entropy_per_pixel)
     # Not more steps: Adam's first ones take the sign of gradients that are mostly rounding.
@@ -92,7 +77,7 @@ def test_accumulation_equals_the_large_batch(
         assert (a["loss"], a["grad_norm"]) == pytest.approx((b["loss"], b["grad_norm"]), rel=1e-4)
 
 
-def test_clipping_bounds_the_gradient_and_logs_the_norm_before(make_config: MakeConfig) -> None:
+def test_clipping_bounds_the_gradient_and_logs_the_norm_before(make_config: MakeConfig, log_of: Any) -> None:
     seen: dict[float, Tensor] = {}
     for clip in (0.0, 1e-3):
         trainer = Trainer(make_config(folder=f"clip{clip}", clip=clip, steps=1), ALONE)
@@ -124,14 +109,14 @@ def test_norms_and_biases_do_not_decay(make_config: MakeConfig) -> None:
     trainer.log.close()
 
 
-def test_activation_checkpointing_changes_no_number(make_config: MakeConfig) -> None:
+def test_activation_checkpointing_changes_no_number(make_config: MakeConfig, log_of: Any) -> None:
     runs = [
         train(make_config(folder=f"run{on}", activation_checkpointing=on, steps=2)) for on in (False, True)
     ]
     assert [line["loss"] for line in log_of(runs[0])] == [line["loss"] for line in log_of(runs[1])]
 
 
-def test_bf16_trains_close_to_fp32(make_config: MakeConfig) -> None:
+def test_bf16_trains_close_to_fp32(make_config: MakeConfig, log_of: Any) -> None:
     runs = [train(make_config(folder=dtype, dtype=dtype, steps=2)) for dtype in ("fp32", "bf16")]
     for a, b in zip(*map(log_of, runs), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
@@ -139,7 +124,7 @@ def test_bf16_trains_close_to_fp32(make_config: MakeConfig) -> None:
 
 
 def test_validation_loss_and_metrics_ignore_how_the_split_is_batched(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, log_of: Any
 ) -> None:
     monkeypatch.setattr(RSSAM, "losses_and_logits", cross_entropy_per_pixel)
     trainers = [Trainer(make_config(folder=f"run{n}", accumulate=n), ALONE) for n in (1, 4)]
@@ -151,7 +136,7 @@ def test_validation_loss_and_metrics_ignore_how_the_split_is_batched(
 
 
 def test_only_training_counts_in_images_per_second(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, log_of: Any
 ) -> None:
     clock = [0.0]
 
@@ -211,7 +196,9 @@ def test_bad_input_is_one_line_and_leaves_no_run(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_with_a_run_is_not_overwritten(make_config: MakeConfig) -> None:
+def test_a_folder_with_a_run_is_not_overwritten(
+    make_config: MakeConfig, weights_of: Any, same_weights: Any
+) -> None:
     run = train(make_config(steps=1))
     before = weights_of(run)
     with pytest.raises(ValueError, match=r"already holds a run .*step-1.*--resume auto"):
@@ -220,7 +207,7 @@ def test_a_folder_with_a_run_is_not_overwritten(make_config: MakeConfig) -> None
 
 
 def test_a_loss_that_is_not_finite_names_step_tiles_and_checkpoint(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, weights_of: Any, same_weights: Any
 ) -> None:
     read, poisoned = SyntheticEarth.__getitem__, "synthetic-train-0-000007"
 
@@ -248,39 +235,6 @@ def test_a_loss_that_is_not_finite_names_step_tiles_and_checkpoint(
     assert same_weights(weights_of(run), weights_of(clean))
 
 
-# --------------------------------------------------------------------------------------------- resuming
-
-
-def test_resume_of_a_finished_run_and_of_a_longer_one(
-    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = train(make_config(steps=2))
-    train(make_config(steps=2, resume="auto"))
-    assert [line["step"] for line in log_of(run)] == [1, 2]
-    train(make_config(steps=4, resume="auto", lr=5e-4))
-    assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4]
-    said = capsys.readouterr().err
-    assert "resumed from" in said and "changed since: --optim.lr 0.001 -> 0.0005" in said
-
-
-def test_a_run_that_goes_on_in_another_folder_has_a_best_of_its_own(make_config: MakeConfig) -> None:
-    first = train(make_config(steps=2, validate_every=1))
-    state = json.loads((first / "checkpoints" / "step-2" / "state.json").read_text())
-    state["best"]["loss"] = -1.0  # nothing that follows is better
-    (first / "checkpoints" / "step-2" / "state.json").write_text(json.dumps(state))
-    second = train(make_config(folder="other", steps=3, resume=str(first)))
-    assert (second / "best" / "model.json").is_file()
-
-
-def test_a_finished_run_has_nothing_to_do_in_another_folder(make_config: MakeConfig, tmp_path: Path) -> None:
-    first = train(make_config(steps=1))
-    with pytest.raises(
-        ValueError, match=r"step-1: its run is at step 1 and this one ends at 1,.* more --steps"
-    ):
-        train(make_config(folder="other", steps=1, resume=str(first)))
-    assert not (tmp_path / "other").exists()
-
-
 def test_a_data_set_without_a_test_split_is_reported_on_its_validation_split(
     make_config: MakeConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -302,119 +256,12 @@ def test_a_data_set_without_a_test_split_is_reported_on_its_validation_split(
     assert "validation images" in (run / "report" / "index.html").read_text()
 
 
-def test_a_path_to_resume_from_goes_on_in_its_own_folder(make_config: MakeConfig) -> None:
-    run = train(make_config(steps=2))
-    again = replace(make_config(steps=3), run_dir=None, resume=str(run / "checkpoints" / "step-2"))
-    assert train(again) == run
-    assert [line["step"] for line in log_of(run)] == [1, 2, 3]
-
-
-def test_another_runs_folder_is_not_resumed_into(make_config: MakeConfig) -> None:
-    first, second = (train(make_config(folder=name, steps=1)) for name in ("first", "second"))
-    before = {path: path.stat().st_mtime_ns for path in second.rglob("*")}
-    with pytest.raises(ValueError, match=r"already holds another run \(step-1\).*--resume auto") as error:
-        train(make_config(folder="second", steps=2, resume=str(first)))
-    assert "\n" not in str(error.value)
-    assert {path: path.stat().st_mtime_ns for path in second.rglob("*")} == before
-
-
-def test_resume_says_what_computes_otherwise(
-    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
+def test_two_lengths_are_said_to_be_one(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture[str], log_of: Any
 ) -> None:
-    run = train(make_config(steps=1))
-    file = run / "checkpoints" / "step-1" / "state.json"
-    state = json.loads(file.read_text())
-    record = state["kernels"]
-    assert (record["ranks"], record["threads"]) == (1, torch.get_num_threads())
-    record |= {"torch": "1.0", "backend": "cuda", "ranks": 8, "threads": 99}
-    products = record["tuning"]["products"]
-    products |= {"float32/forward/wide/large": "aten"}
-    file.write_text(json.dumps(state))
-    capsys.readouterr()
-    train(make_config(steps=2, resume="auto"))
-    said = capsys.readouterr().err
-    for line in ("torch 1.0 -> ", "backend cuda -> auto", "ranks 8 -> 1", "threads 99 -> 1"):
-        assert f"changed since: {line}" in said
-    assert "the table of matrix products; the checkpoint's is used" in said
-    assert "changed since: rskernels" not in said
-    resumed = json.loads((run / "checkpoints" / "step-2" / "state.json").read_text())
-    assert resumed["kernels"]["tuning"]["products"] == products
-    train(make_config(steps=2, resume="auto"))
-    assert "last bits" not in capsys.readouterr().err
-
-
-def test_two_lengths_are_said_to_be_one(make_config: MakeConfig, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(make_config(steps=1, epochs=200.0))
     assert "--steps 1 sets the length; --epochs 200 is not used" in capsys.readouterr().err
     assert len(log_of(run)) == 1
-
-
-def test_auto_starts_where_there_is_nothing(make_config: MakeConfig) -> None:
-    assert [line["step"] for line in log_of(train(make_config(steps=2, resume="auto")))] == [1, 2]
-
-
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    make_config: MakeConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = weights_of(train(make_config(folder="whole", steps=6, checkpoint_every=2)))
-    run = train(make_config(steps=6, checkpoint_every=2))
-    newest = newest_first(run / "checkpoints")[0]
-    file = next(newest.glob("*.distcp"))
-    file.write_bytes(file.read_bytes()[:-1000])
-    train(make_config(steps=6, checkpoint_every=2, resume="auto"))
-    said = capsys.readouterr().err
-    assert f"{file} is damaged" in said and "taking the checkpoint before it" in said
-    assert f"resumed from {run / 'checkpoints' / 'step-4'}" in said
-    assert same_weights(weights_of(run), whole)
-
-
-@pytest.mark.parametrize(
-    "other, expected",
-    [
-        ({"method": "sam-lora"}, "model rs_sam_tiny, this run has sam_lora_tiny"),
-        ({"model_args": {"lora_rank": 2}}, "arguments"),
-        ({"data_args": {"size": 32, "length": 10, "classes": "road"}}, "classes"),
-        ({"bands": (3, 2, 1)}, "bands"),
-    ],
-)
-def test_a_checkpoint_of_another_model_is_refused(
-    make_config: MakeConfig, other: dict[str, Any], expected: str
-) -> None:
-    train(make_config(steps=1))
-    with pytest.raises(ValueError, match="step-1: was written with") as error:
-        train(make_config(steps=2, resume="auto", **other))
-    assert expected in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_resumed_run_needs_no_pretrained_file(
-    make_config: MakeConfig, sam_checkpoint: Path, tmp_path: Path
-) -> None:
-    """Frozen weights are in the checkpoints; the hash of the file they came from stays on record."""
-    base = tmp_path / "base.pth"
-    base.write_bytes(sam_checkpoint.read_bytes())
-    options = {
-        "pretrained": str(base),
-        "model_args": {"freeze_encoder": True, "embedding_dim": 8},
-        "image_size": 64,
-        "data_args": {"size": 64, "length": 10},
-    }
-    whole = train(make_config(folder="whole", steps=4, **options))
-    run = train(make_config(steps=2, **options))
-    base.unlink()
-    train(make_config(steps=4, resume="auto", checkpoint_every=2, **options))
-    assert (
-        rsmodels.load_model(run / "best")[1]["base_weights"]
-        == (rsmodels.load_model(whole / "best")[1]["base_weights"])
-    )
-    frozen, expected = (
-        {
-            key: value
-            for key, value in weights_of(each).items()
-            if key.startswith("encoder.") and "lora" not in key
-        }
-        for each in (run, whole)
-    )
-    assert frozen and same_weights(frozen, expected)
 
 
 def test_a_signal_finishes_the_step_and_writes_a_checkpoint(

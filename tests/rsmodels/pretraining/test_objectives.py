@@ -35,21 +35,6 @@ def make_crops(choice: Any = None, **options: Any) -> Crops:
     return Crops(choice or places(left_out()), (32, 32), 8, **{**defaults, **options})
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def a_short_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few scenes, so that the window slides within a test."""
-    monkeypatch.setattr(scenes, "WINDOW_SCENES", 6)
-    monkeypatch.setattr(scenes, "FIRST_SCENES", 3)
-
-
 # ------------------------------------------------------------------------------------ what is seen, and how
 
 

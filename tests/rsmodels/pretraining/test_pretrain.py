@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,9 @@ from torch import Tensor
 import rsmodels
 from rsmodels.cli import main
 from rsmodels.data.synthetic.gaps import TARGETS, left_out
+from rsmodels.files import hold_file
 from rsmodels.pretraining import pretrain as pretraining
-from rsmodels.pretraining import probe, scenes
+from rsmodels.pretraining import probe
 from rsmodels.pretraining.config import PretrainConfig
 from rsmodels.pretraining.pretrain import build_encoder, pretrain
 from rsmodels.pretraining.scenes import Views, places
@@ -40,21 +39,6 @@ def small(output: Path, **options: Any) -> PretrainConfig:
     }
     options = {**defaults, **options}
     return PretrainConfig(str(output), image_size=SIZES[options["model"]], **options)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def a_short_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few scenes, so that the window slides within a test."""
-    monkeypatch.setattr(scenes, "WINDOW_SCENES", 6)
-    monkeypatch.setattr(scenes, "FIRST_SCENES", 3)
 
 
 @pytest.mark.parametrize("model", SIZES)
@@ -265,21 +249,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.glob("[!.]*")) == []
 
 
-def test_an_output_is_made_by_one_process_at_a_time(tmp_path: Path) -> None:
+def test_an_output_is_made_by_one_process_at_a_time(tmp_path: Path, another_process_holds: Any) -> None:
     output = tmp_path / "x.safetensors"
-    code = (
-        "import sys; from rsmodels.files import hold_file; "
-        f"lock = hold_file({str(output)!r}); print('held', flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+    with another_process_holds(hold_file, output) as other:
         for resume in (None, "auto"):
-            with pytest.raises(ValueError, match=rf"x.safetensors: process {other.pid} .* another name"):
+            with pytest.raises(ValueError, match=rf"x.safetensors: process {other} .* another name"):
                 pretrain(small(output, steps=1, resume=resume))
         pretrain(small(tmp_path / "y.safetensors", steps=1))  # another file of that folder is free
-        other.kill()
     pretrain(small(output, steps=1))
 
 
