@@ -183,7 +183,7 @@ class Check:
         elif part == "aot":
             tables = [self.scratch / f"{one.name}.aot.json" for one in outcomes]
             found["kernels"] = [
-                row for file in tables if file.exists() for row in json.loads(file.read_text())
+                row for file in tables if file.exists() for row in json.loads(file.read_text())["rows"]
             ]
         elif part != "build":
             found |= {one.name: one.last_json() for one in outcomes}

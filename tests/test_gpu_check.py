@@ -106,8 +106,8 @@ def test_a_checker_that_is_refused_is_a_skip_that_says_so(check):
 
 
 def test_other_parts_tell_what_they_found(check):
-    (check.scratch / "lora.aot.json").write_text('[{"kernel": "k", "registers": 90}]')
-    assert check.verdict("aot", [Outcome("lora", 0, "")])["kernels"] == [{"kernel": "k", "registers": 90}]
+    (check.scratch / "lora.aot.json").write_text('{"rows": [["lora", "k", 90]]}')
+    assert check.verdict("aot", [Outcome("lora", 0, "")])["kernels"] == [["lora", "k", 90]]
     assert check.verdict("aot", []) == {"status": "skipped", "reason": "there is nothing to run"}
     found = {"cases": 3, "left": 2, "not_reported": []}
     verdict = check.verdict("benchmark", [Outcome("benchmark", 0, f"a case\n{json.dumps(found)}\n")])

@@ -213,11 +213,11 @@ def examples() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def candidates(kernel: str, shape_class: str) -> list[dict[str, int]]:
-    """What the tuner tries for "cross_attention.NAME"; what does not fit a chip fails there.
+    """What the tuner tries for a kernel of this operator; what does not fit a chip fails there.
 
     A side that one tile has whole is not in a configuration: the shape decides it.
     """
-    name, half = kernel.split(".")[1], shape_class.startswith("half")
+    name, half = kernel, shape_class.startswith("half")
     sides: tuple[tuple[int, ...], ...]
     if name == "product":
         sides = (

@@ -87,13 +87,16 @@ def terms(case: Case, leaves: list[Tensor], mask: Tensor | None, grad: Tensor) -
     """Gradients with the softmax's denominator held fixed: what the true ones are differences of.
 
     Where keys are alike, or one key takes all, a softmax has next to no gradient, and what is left is the
-    rounding of these terms. Everywhere else their norms are the true gradients' norms.
+    rounding of these terms; so it is with v's where gradients of the output cancel. Everywhere else their
+    norms are the true gradients' norms.
     """
     q, k, v = leaves
     scores = operator._scores(q, k, mask, case.dim**-0.5 if case.scale is None else case.scale)
     p = (scores - scores.logsumexp(-1, keepdim=True).detach()).exp()
     (p @ operator._kept_values(v, case.drop)).backward(grad.to(q.dtype))
-    return [torch.zeros(()), *(leaf.grad for leaf in leaves)]
+    # v's is a sum over queries, of as many signs: what terms of random signs would add up to.
+    squares = (p.square().transpose(-2, -1) @ grad.to(q.dtype).square()).sum_to_size(v.shape)
+    return [torch.zeros(()), q.grad, k.grad, operator._kept_values(squares.sqrt().detach(), case.drop)]
 
 
 def relative_error_of(value: Tensor, truth: Tensor, floor: float) -> float:
