@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rskernels import sdpa, xformers
 from rskernels.dispatch import choose
 from rskernels.library import (
     autocast_dtype,
@@ -69,9 +70,17 @@ def rel_pos_attention(
     h, w = _window(qkv, window_size)
     if qkv.shape[1] % h == 0 and qkv.shape[2] % w == 0:
         pad_qkv = None  # nothing is padded: no gradient, on any backend
-    scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else float(scale)
-    if choose("rel_pos_attention", qkv) == "reference":
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    backend = choose("rel_pos_attention", qkv, without=xformers.ruled_out(qkv, head_dim))
+    if backend == "reference":
         return rel_pos_attention_reference(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window_size, scale)
+    if backend in ("sdpa", "xformers"):
+        q, k, v = _heads_of_windows(qkv, pad_qkv, num_heads, window_size)
+        bias = _bias(q, rel_pos_h, rel_pos_w, _window(qkv, window_size))
+        attention = sdpa.attention if backend == "sdpa" else xformers.attention
+        out_MNC = attention(q, k, v, bias, scale).transpose(1, 2).flatten(2)
+        return _grid_of_windows(out_MNC, qkv, window_size).contiguous()
     return _attention_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window_size, scale)[0]
 
 
@@ -142,8 +151,9 @@ def _bias(
     q = q_MnNd.unflatten(2, window)
     r_h = rel_pos_h.to(q.dtype)[_offsets(window[0], q.device)]
     r_w = rel_pos_w.to(q.dtype)[_offsets(window[1], q.device)]
-    bias_h = torch.einsum("mnhwd,hkd->mnhwk", q, r_h)
-    bias_w = torch.einsum("mnhwd,wkd->mnhwk", q, r_w)
+    # Contiguous: as einsum leaves them, their sum is strided, and putting it in order a copy of (N, N).
+    bias_h = torch.einsum("mnhwd,hkd->mnhwk", q, r_h).contiguous()
+    bias_w = torch.einsum("mnhwd,wkd->mnhwk", q, r_w).contiguous()
     return (bias_h[..., :, None] + bias_w[..., None, :]).flatten(4, 5).flatten(2, 3)
 
 
