@@ -43,9 +43,31 @@ TABLE: dict[str, _Rows] = {
     "deformable_attention": _CPP_TRITON,
 }
 
+# Attention of other libraries, composed into these operators (rskernels/sdpa.py, rskernels/xformers.py).
+_ATTENTION = ("rel_pos_attention", "cross_attention")
+_COMPOSED = {"sdpa": ("cpu", "cuda"), "xformers": ("cuda",)}
+
+
+def _with_composed(rows: _Rows) -> _Rows:
+    """`rows`, and behind them what _COMPOSED serves."""
+    rows = {device: dict(dtypes) for device, dtypes in rows.items()}
+    for name, devices in _COMPOSED.items():
+        for device in devices:
+            row = rows.setdefault(device, {})
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                row[dtype] = (*row.get(dtype, ()), name)
+    return rows
+
+
+TABLE |= {op: _with_composed(TABLE[op]) for op in _ATTENTION}
+
 # backend -> operators that it serves when asked for by name, and that "auto" leaves alone. Triton's: no GPU
-# has passed `make gpu-check` with them yet.
-ON_REQUEST: dict[str, frozenset[str]] = {"triton": frozenset(TABLE)}
+# has passed `make gpu-check` with them yet. The others': they are there to compare with.
+ON_REQUEST: dict[str, frozenset[str]] = {
+    "triton": frozenset(TABLE),
+    "sdpa": frozenset(_ATTENTION),
+    "xformers": frozenset(_ATTENTION),
+}
 
 
 def _load_extension() -> str:
@@ -78,12 +100,20 @@ def _triton_problem() -> str:
     return ""
 
 
+def _xformers_problem() -> str:
+    """'' when xFormers may serve CUDA tensors here, else the reason why not. It is imported, which takes
+    seconds, by the first call that asks for it; a reason found then is that call's."""
+    if importlib.util.find_spec("xformers") is None:
+        return "xFormers is not installed"
+    return "" if torch.cuda.is_available() else "PyTorch sees no CUDA device"
+
+
 # backend -> why it serves nothing on this machine; a backend that works is not in here.
-UNAVAILABLE: dict[str, str] = {
-    "cuda": "no CUDA kernels in this version",
-    "xformers": "no xformers backend in this version",
-    "sdpa": "no SDPA backend in this version",
-}
+UNAVAILABLE: dict[str, str] = {"cuda": "no CUDA kernels in this version"}
+
+_no_xformers = _xformers_problem()
+if _no_xformers:
+    UNAVAILABLE["xformers"] = _no_xformers
 
 _no_triton = _triton_problem()
 if _no_triton:

@@ -72,6 +72,9 @@ def _table() -> list[str]:
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             cells = "  ".join(f"{_served_by(op, device, dtype):<9}" for dtype in _DTYPES)
             lines.append(f"{op:<22}{device:<8}{cells}".rstrip())
+    for name, ops in dispatch.ON_REQUEST.items():
+        if name not in dispatch.UNAVAILABLE:
+            lines.append(f"by name only: {name}, for {', '.join(op for op in dispatch.TABLE if op in ops)}")
     if dispatch.get_backend() not in ("auto", "reference"):
         lines.append(f"error: the call raises, as backend {dispatch.get_backend()!r} was asked for by name")
     return lines

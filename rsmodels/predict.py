@@ -29,7 +29,13 @@ from rsmodels.arguments import ImageSizeError
 from rsmodels.data.raster import BLOCK, Scale, Scene, create_on_grid, gdal
 from rsmodels.data.schema import IGNORE
 from rsmodels.data.tiling import Tile, TileGrid, blend_rows
-from rsmodels.evaluation.inference import SegmentationModel, pick_device, pick_dtype, predict_tiles
+from rsmodels.evaluation.inference import (
+    SegmentationModel,
+    check_cuda_graph,
+    pick_device,
+    pick_dtype,
+    predict_tiles,
+)
 from rsmodels.evaluation.metrics import logits_to_ids
 from rsmodels.registry import load_model
 
@@ -60,6 +66,8 @@ class PredictConfig:
     """cpu or cuda (default: cuda where there is one)."""
     dtype: Literal["fp32", "bf16"] | None = None
     """Compute type (default: bf16 on cuda, fp32 on cpu)."""
+    cuda_graph: bool = False
+    """Launch a batch as one recorded CUDA graph; on cuda."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -77,6 +85,7 @@ def predict(
     batch_size: int = 4,
     device: str | None = None,
     dtype: str | None = None,
+    cuda_graph: bool = False,
 ) -> Path:
     """Segment one raster and return the path of the map.
 
@@ -90,10 +99,13 @@ def predict(
         bands: 1-based bands of the scene in the model's order; None takes the model's own.
         scale: factor for pixel values, or "auto": see `PredictConfig`.
         batch_size, device, dtype: tiles per call; "cpu" or "cuda"; "fp32" or "bf16".
+        cuda_graph: launch a batch as one recorded CUDA graph; on cuda.
 
     Raises FileNotFoundError, ValueError or OSError, naming the file; an unfinished output leaves nothing.
     """
-    mapper = _Mapper.load(model, tile=tile, batch_size=batch_size, device=device, dtype=dtype)
+    mapper = _Mapper.load(
+        model, tile=tile, batch_size=batch_size, device=device, dtype=dtype, cuda_graph=cuda_graph
+    )
     mapper.run(scene, output, probabilities, overlap=overlap, bands=bands, scale=scale)
     return Path(output)
 
@@ -108,7 +120,12 @@ def predict_scenes(config: PredictConfig, on_error: Callable[[Exception], None])
         _outputs(config.scenes, config.probabilities) if config.probabilities else [None] * len(outputs)
     )
     mapper = _Mapper.load(
-        config.model, tile=config.tile, batch_size=config.batch_size, device=config.device, dtype=config.dtype
+        config.model,
+        tile=config.tile,
+        batch_size=config.batch_size,
+        device=config.device,
+        dtype=config.dtype,
+        cuda_graph=config.cuda_graph,
     )
     failed = 0
     for scene, output, probability in zip(config.scenes, outputs, probabilities, strict=True):
@@ -149,14 +166,23 @@ class _Mapper:
     batch_size: int
     device: torch.device
     dtype: torch.dtype
+    cuda_graph: bool
 
     @classmethod
     def load(
-        cls, model: str | Path, *, tile: int | None, batch_size: int, device: str | None, dtype: str | None
+        cls,
+        model: str | Path,
+        *,
+        tile: int | None,
+        batch_size: int,
+        device: str | None,
+        dtype: str | None,
+        cuda_graph: bool,
     ) -> _Mapper:
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size} is not at least 1")
         chosen = pick_device(device)
+        check_cuda_graph(cuda_graph, chosen)
         overrides: dict[str, Any] = {} if tile is None else {"image_size": tile}
         try:
             loaded, info = load_model(model, device=chosen, **overrides)
@@ -171,6 +197,7 @@ class _Mapper:
             batch_size=batch_size,
             device=chosen,
             dtype=pick_dtype(dtype, chosen),
+            cuda_graph=cuda_graph,
         )
 
     def run(
@@ -200,7 +227,12 @@ class _Mapper:
             grid = TileGrid(source.size, self.model.image_size, overlap)
             tiles = (_read(source, tile) for tile in tqdm(grid, Path(scene).name, unit="tile", disable=None))
             predicted = predict_tiles(
-                self.model, tiles, batch_size=self.batch_size, device=self.device, dtype=self.dtype
+                self.model,
+                tiles,
+                batch_size=self.batch_size,
+                device=self.device,
+                dtype=self.dtype,
+                cuda_graph=self.cuda_graph,
             )
             # Validity is blended along as one more channel: all tiles agree on it, so it stays 0 or 1.
             scores = (

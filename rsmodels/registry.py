@@ -83,8 +83,11 @@ class Preprocessing:
                 f"images of shape {tuple(images.shape)}: this model takes (B, {len(self.mean)}, H, W); "
                 "pick its bands with bands="
             )
-        mean = torch.tensor(self.mean, device=images.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, -1, 1, 1)
+        # non_blocking: torch.tensor(..., device=) would wait for what the device is computing.
+        mean, std = (
+            torch.tensor(values).to(images.device, non_blocking=True).view(1, -1, 1, 1)
+            for values in (self.mean, self.std)
+        )
         return (images.float() - mean) / std
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rskernels import sdpa, xformers
 from rskernels.dispatch import choose
 from rskernels.library import (
     cast_to_compute_dtype,
@@ -56,9 +57,15 @@ def cross_attention(
     """
     _check(q, k, v, mask, scale)
     q, k, v = cast_to_compute_dtype(q, q, k, v)
-    if choose("cross_attention", q, k, v) == "reference":
+    backend = choose("cross_attention", q, k, v, without=xformers.ruled_out(q, q.shape[-1]))
+    if backend == "reference":
         return cross_attention_reference(q, k, v, mask, scale, drop_first_key_value)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if backend in ("sdpa", "xformers"):
+        if mask is not None:
+            mask = (mask | ~mask.any(-1, keepdim=True))[:, None]
+        attention = sdpa.attention if backend == "sdpa" else xformers.attention
+        return attention(q, k, _kept_values(v, drop_first_key_value), mask, scale)
     return _attention_forward(q, k, v, mask, scale, drop_first_key_value)[0]
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rskernels import sdpa, xformers
 from rskernels.dispatch import choose
 from rskernels.library import (
     autocast_dtype,
@@ -71,20 +72,28 @@ def rel_pos_attention(
     h, w = _window(qkv, window_size)
     if qkv.shape[1] % h == 0 and qkv.shape[2] % w == 0:
         pad_qkv = None  # nothing is padded: no gradient, on any backend
-    scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5 if scale is None else float(scale)
-    without = _without(qkv.dtype, qkv.shape[-1] // (3 * num_heads))
-    if choose("rel_pos_attention", qkv, without=without) == "reference":
+    head_dim = qkv.shape[-1] // (3 * num_heads)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    backend = choose("rel_pos_attention", qkv, without=_without(qkv, head_dim))
+    if backend == "reference":
         return rel_pos_attention_reference(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window_size, scale)
+    if backend in ("sdpa", "xformers"):
+        q, k, v = _heads_of_windows(qkv, pad_qkv, num_heads, window_size)
+        bias = _bias(q, rel_pos_h, rel_pos_w, _window(qkv, window_size))
+        attention = sdpa.attention if backend == "sdpa" else xformers.attention
+        out_MNC = attention(q, k, v, bias, scale).transpose(1, 2).flatten(2)
+        return _grid_of_windows(out_MNC, qkv, window_size).contiguous()
     return _attention_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window_size, scale)[0]
 
 
-def _without(dtype: torch.dtype, head_dim: int) -> dict[str, str]:
-    """The backends that this head dim rules out, and why: a query's numbers have to fit into registers."""
-    limit = 64 if dtype == torch.float32 else 256
-    if head_dim <= limit:
-        return {}
-    kind = str(dtype).removeprefix("torch.")
-    return {"triton": f"in {kind} its head dims are at most {limit}, this is {head_dim}"}
+def _without(qkv: Tensor, head_dim: int) -> dict[str, str]:
+    """The backends that this head dim rules out, and why; in Triton a query's numbers fit into registers."""
+    ruled_out = xformers.ruled_out(qkv, head_dim) or {}
+    limit = 64 if qkv.dtype == torch.float32 else 256
+    if head_dim > limit:
+        kind = str(qkv.dtype).removeprefix("torch.")
+        ruled_out["triton"] = f"in {kind} its head dims are at most {limit}, this is {head_dim}"
+    return ruled_out
 
 
 def rel_pos_attention_reference(
@@ -154,8 +163,9 @@ def _bias(
     q = q_MnNd.unflatten(2, window)
     r_h = rel_pos_h.to(q.dtype)[_offsets(window[0], q.device)]
     r_w = rel_pos_w.to(q.dtype)[_offsets(window[1], q.device)]
-    bias_h = torch.einsum("mnhwd,hkd->mnhwk", q, r_h)
-    bias_w = torch.einsum("mnhwd,wkd->mnhwk", q, r_w)
+    # Contiguous: as einsum leaves them, their sum is strided, and putting it in order a copy of (N, N).
+    bias_h = torch.einsum("mnhwd,hkd->mnhwk", q, r_h).contiguous()
+    bias_w = torch.einsum("mnhwd,wkd->mnhwk", q, r_w).contiguous()
     return (bias_h[..., :, None] + bias_w[..., None, :]).flatten(4, 5).flatten(2, 3)
 
 

@@ -142,5 +142,5 @@ def blend_rows(
             top += finished
         if score is not None:
             part = buffer[:, tile.top - top :, tile.left :][:, : tile.height, : tile.width]
-            part.addcmul_(score.float(), grid.weights(tile).to(device))
+            part.addcmul_(score.float(), grid.weights(tile).to(device, non_blocking=True))
     yield top, buffer[:, : height - top]

@@ -27,7 +27,13 @@ from tqdm import tqdm
 
 from rsmodels.data import SegmentationDataset, create_dataset, dataset_options
 from rsmodels.data.tiling import Tile, TileGrid, blend_rows, reflect_to
-from rsmodels.evaluation.inference import SegmentationModel, pick_device, pick_dtype, predict_tiles
+from rsmodels.evaluation.inference import (
+    SegmentationModel,
+    check_cuda_graph,
+    pick_device,
+    pick_dtype,
+    predict_tiles,
+)
 from rsmodels.evaluation.metrics import ConfusionMatrix, logits_to_ids
 from rsmodels.evaluation.report import Evaluation, ScoredTile, read_log, write_report
 from rsmodels.registry import Preprocessing, load_model
@@ -67,6 +73,8 @@ class EvaluateConfig:
     """cpu or cuda (default: cuda where there is one)."""
     dtype: Literal["fp32", "bf16"] | None = None
     """Compute type (default: bf16 on cuda, fp32 on cpu)."""
+    cuda_graph: bool = False
+    """Launch a batch as one recorded CUDA graph; on cuda, in one process."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -92,6 +100,7 @@ def evaluate_model(
     tiles: int = 4,
     num_workers: int = 0,
     progress: bool = True,
+    cuda_graph: bool = False,
 ) -> Evaluation:
     """Predict images of `dataset` (all, or those at `indices`) with a model in memory, and count.
 
@@ -105,6 +114,7 @@ def evaluate_model(
             f"{schema.num_logits} ({', '.join(schema.classes)}): evaluate on data of the model's classes"
         )
     device = torch.device(device)
+    check_cuda_graph(cuda_graph, device)
     rank, world = _rank_and_world()
     new_matrix = partial(ConfusionMatrix, schema.classes, binary=schema.binary, device=device)
     matrices: defaultdict[str, ConfusionMatrix] = defaultdict(new_matrix)
@@ -126,6 +136,7 @@ def evaluate_model(
             device=device,
             dtype=dtype,
             lockstep=True,
+            cuda_graph=cuda_graph,
         )
         for image, scored in itertools.groupby(stream, key=lambda item: item[0][0]):
             scores = ((tile, score) for (_, tile), score in scored)
@@ -162,6 +173,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         overlap=config.overlap,
         tiles=config.tiles,
         num_workers=config.num_workers,
+        cuda_graph=config.cuda_graph,
     )
     if _rank_and_world()[0] == 0:
         domain = f", domain {config.domain}" if config.domain else ""

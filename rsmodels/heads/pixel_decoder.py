@@ -234,8 +234,9 @@ def reference_points(
         y, x = ((torch.arange(n, dtype=dtype, device=device) + 0.5) / n for n in size)
         grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)
         centres.append(grid.flatten(0, 1))
-    scale = torch.tensor([(1 / w, 1 / h) for h, w in sizes], dtype=dtype, device=device)
-    scale = scale[:, None].expand(heads, LEVELS, points, 2)
+    # torch.tensor(..., device=) copies from the host: it would wait, and no CUDA graph could record it.
+    steps = [torch.full((), 1 / n, dtype=dtype, device=device) for h, w in sizes for n in (w, h)]
+    scale = torch.stack(steps).view(LEVELS, 1, 2).expand(heads, LEVELS, points, 2)
     return torch.cat(centres).repeat(1, math.prod(samples)), scale.flatten()
 
 

@@ -1,4 +1,4 @@
-"""Calls of cross_attention, and the C++ kernels compared with the reference in float64."""
+"""Calls of cross_attention, and a backend compared with the reference in float64."""
 
 import sys
 from dataclasses import dataclass
@@ -103,13 +103,13 @@ def relative_error_of(value: Tensor, truth: Tensor, floor: float) -> float:
     return ((value.double() - truth).norm() / truth.norm().clamp_min(max(floor, 1e-30))).item()
 
 
-def compare(case: Case, dtype: torch.dtype) -> None:
-    """C++ in `dtype` against the float64 reference on the same rounded numbers, eager as the measure."""
+def compare(case: Case, dtype: torch.dtype, backend: str = "cpp") -> None:
+    """A backend in `dtype` against the float64 reference on the same rounded numbers, eager to measure."""
     leaves, mask, grad = case.inputs(dtype)
     truths = run(case, as_double(leaves), mask, grad, "reference")
     floors = terms(case, as_double(leaves), mask, grad)
     eagers = run(case, leaves, mask, grad, "reference")
-    values = run(case, leaves, mask, grad, "cpp")
+    values = run(case, leaves, mask, grad, backend)
     for name, value, eager, truth, floor in zip(NAMES, values, eagers, truths, floors, strict=True):
         assert value.dtype == dtype and value.shape == truth.shape, name
         size = CANCELLED * floor.norm().item()

@@ -1,4 +1,4 @@
-"""Calls of rel_pos_attention, and the C++ kernel compared with the reference in float64; as a script
+"""Calls of rel_pos_attention, and a backend compared with the reference in float64; as a script
 (`python FILE LEVEL`) on one instruction set."""
 
 import sys
@@ -99,14 +99,14 @@ def relative_error(value: Tensor, truth: Tensor, floor: float = 0.0) -> float:
     return ((value.double() - truth).norm() / truth.norm().clamp_min(max(floor, 1e-30))).item()
 
 
-def compare(case: Case, dtype: torch.dtype) -> None:
-    """C++ in `dtype` against the float64 reference on the same rounded numbers, eager as the measure."""
+def compare(case: Case, dtype: torch.dtype, backend: str = "cpp") -> None:
+    """A backend in `dtype` against the float64 reference on the same rounded numbers, eager to measure."""
     arguments = rounded(case.arguments(), dtype)
     grad = case.grad().to(dtype)
     truths = run(case, rounded(arguments, torch.float64), grad, "reference")
     floors = terms(case, rounded(arguments, torch.float64), grad)
     eagers = run(case, rounded(arguments, dtype), grad, "reference")
-    values = run(case, arguments, grad, "cpp")
+    values = run(case, arguments, grad, backend)
     for name, value, eager, truth, floor in zip(NAMES, values, eagers, truths, floors, strict=True):
         if truth is None:
             assert value is None, name
