@@ -109,12 +109,13 @@ def predict_tiles(
         if images is not None:
             probabilities, broken = _probabilities(model, forward, images)
         step = next(staged, None)
-        if images is not None and broken:  # asked after the next batch was read: here the host waits
-            raise ValueError(
-                "the model's output is not finite: its weights are damaged or overflow; "
-                "use another checkpoint, or --dtype fp32"
-            )
-        scores = iter(() if images is None else probabilities)
+        if images is not None:
+            if broken:  # asked after the next batch was read: here the host waits
+                raise ValueError(
+                    "the model's output is not finite: its weights are damaged or overflow; "
+                    "use another checkpoint, or --dtype fp32"
+                )
+            scores = iter(probabilities)
         for key, tile in batch:
             yield key, None if tile is None else next(scores)[:, : tile.shape[1], : tile.shape[2]]
 

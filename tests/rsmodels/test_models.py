@@ -220,6 +220,17 @@ def test_compiles_in_one_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
+def test_inference_compiles_in_one_graph(name: str) -> None:
+    """In eval mode, without gradients and under autocast, as predict and evaluate call a model."""
+    model = build(name).eval()
+    image = batch(model)["image"]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(image), model(image))
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_exports(name: str) -> None:
     model = build(name).eval()
     image = batch(model, size=3)["image"]
