@@ -208,7 +208,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--chips", type=int, nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     parser.add_argument("--examples", type=int, metavar="N", help="only the first N of each operator")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
+    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, help="JSON file for the table; what it has stays")
     where.add_argument("--check", type=Path, help="compile nothing: does this table have every build?")

@@ -13,7 +13,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-from rskernels.triton import aot, launch
+from rskernels.triton import aot, launch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[3]
 TABLE = ROOT / "benchmarks" / "results" / "triton-resources.json"
@@ -39,7 +39,8 @@ def same_triton():
 
 def test_every_build_of_this_source_was_compiled_and_fits(same_triton):
     done = run_aot("--check", TABLE)
-    assert done.returncode == 0, f"run python -m rskernels.triton.aot --output {TABLE}\n{done.stdout}{done.stderr}"
+    advice = f"run python -m rskernels.triton.aot --output {TABLE}"
+    assert done.returncode == 0, f"{advice}\n{done.stdout}{done.stderr}"
 
 
 @pytest.mark.parametrize(
