@@ -205,7 +205,7 @@ def examples() -> Iterator[tuple[str, Callable[[], Any]]]:
 
             def both(qkv: Any = qkv, out: Any = out, lse: Any = lse, arguments: Any = arguments) -> None:
                 forward(qkv, *arguments)
-                backward(out, qkv, out, lse, *arguments, [True] * 4)
+                backward(out, qkv, out, lse, *(*arguments, [True] * 4))
 
             where = f"windows of {window}" if window else "global"
             yield f"{H}x{W} {where}, d {dim}, {name}", both
