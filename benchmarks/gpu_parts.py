@@ -87,6 +87,10 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
     single = some(2, 9, 48), some(48, 48).detach(), some(48).detach()
     yield "lora_linear", lambda: rskernels.lora_linear(*single, *factors, scale=0.5)
     yield "distillation", lambda: rskernels.distillation_loss(some(2, 33, 5, 7), some(2, 33, 5, 7).detach())
+    # One loss alone: backward gets no gradient of the other.
+    maps = some(2, 33, 5, 7), some(2, 33, 5, 7).detach()
+    yield "distillation, KL", lambda: rskernels.distillation_loss(*maps)[0]
+    yield "distillation, MSE", lambda: rskernels.distillation_loss(*maps)[1]
     branches = [some(24, 20, 3, 3) for _ in range(4)], [some(24) for _ in range(4)]
     yield "aspp", lambda: rskernels.dilated_aspp(some(1, 20, 13, 11), *branches, activation="relu")
     shapes = ((5, 7), (3, 3))

@@ -57,17 +57,20 @@ def on_gpu() -> bool:
 @contextmanager
 def on(where: str | torch.device) -> Iterator[None]:
     """Measure on device `where` meanwhile. On a GPU, kernels that "auto" leaves alone until a device passed
-    serve like all others: they are what is asked about; and cuDNN may try its algorithms."""
+    serve like all others: they are what is asked about; and cuDNN may try its algorithms, but not round
+    float32 to TF32, as ours do not."""
     global _device
-    before, on_request, algorithms = _device, dict(dispatch.ON_REQUEST), torch.backends.cudnn.benchmark
+    cudnn = torch.backends.cudnn
+    before, on_request = _device, dict(dispatch.ON_REQUEST)
+    algorithms, tf32 = cudnn.benchmark, cudnn.allow_tf32
     _device = torch.device(where)
     if on_gpu():
         dispatch.ON_REQUEST.clear()
-        torch.backends.cudnn.benchmark = True
+        cudnn.benchmark, cudnn.allow_tf32 = True, False
     try:
         yield
     finally:
-        _device, torch.backends.cudnn.benchmark = before, algorithms
+        _device, cudnn.benchmark, cudnn.allow_tf32 = before, algorithms, tf32
         dispatch.ON_REQUEST.update(on_request)
 
 

@@ -9,6 +9,7 @@ thread: two threads inside `backend(...)` at once would overwrite each other's c
 comes from another backend, it is not wrong). A backward pass uses the backend its forward used.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -89,14 +90,31 @@ def _load_extension() -> str:
 
 
 def _triton_problem() -> str:
-    """'' when Triton kernels can be launched for CUDA tensors here, else the reason why not."""
+    """'' when Triton kernels may be launched for CUDA tensors here, else the reason why not. No device is
+    asked for its properties: that would initialise CUDA in every process that imports this."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (PyTorch's CUDA wheels for Linux bring it)"
-    if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < (8, 0):
-        return f"it needs compute capability 8.0 or more, {torch.cuda.get_device_name()} has {major}.{minor}"
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA GPUs, this PyTorch is built for AMD's"
+    return "" if torch.cuda.is_available() else "PyTorch sees no CUDA device"
+
+
+LEAST_CAPABILITY = (8, 0)
+LEAST_SHARED_MEMORY = 166_912  # bytes a block may have: what the smallest chip with configurations has
+
+
+@functools.cache
+def device_problem(device: torch.device) -> str:
+    """'' when the Triton kernels fit this CUDA device, else the reason why not."""
+    chip = torch.cuda.get_device_properties(device)
+    if (chip.major, chip.minor) < LEAST_CAPABILITY:
+        return f"it needs compute capability 8.0 or more, {chip.name} has {chip.major}.{chip.minor}"
+    shared = getattr(chip, "shared_memory_per_block_optin", LEAST_SHARED_MEMORY)
+    if shared < LEAST_SHARED_MEMORY:
+        return (
+            f"its tiles take up to {LEAST_SHARED_MEMORY:,} bytes of shared memory, a block of {chip.name} "
+            f"has {shared:,}"
+        )
     return ""
 
 

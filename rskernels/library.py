@@ -8,7 +8,7 @@ adds CPU kernels to them (TORCH_LIBRARY_IMPL), Triton CUDA kernels; without thos
 import importlib
 import math
 import numbers
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -36,8 +36,13 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def on_cuda(*args: Any, **kwargs: Any) -> Any:
-        if not _takes_triton(args):
+        tensors = list(_tensors_in(args))
+        if not takes_triton(tensors):
             return without_autocast(*args, **kwargs)
+        if problem := dispatch.device_problem(tensors[0].device):
+            if dispatch.get_backend() == "auto":
+                return without_autocast(*args, **kwargs)
+            raise ValueError(f"backend 'triton' cannot serve {name}: {problem}; use set_backend('auto')")
         module, function = triton.split(".")
         launcher = getattr(importlib.import_module(f"rskernels.triton.{module}"), function)
         with torch._C._DisableAutocast():
@@ -53,10 +58,18 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _takes_triton(args: tuple[Any, ...]) -> bool:
-    """Is the first tensor, alone or the first of a list, of a dtype that the Triton kernels have?"""
-    first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
-    return first.dtype in TRITON_DTYPES
+def _tensors_in(args: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among the arguments of an operator, and in lists of them."""
+    for value in args:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_in(value)
+
+
+def takes_triton(tensors: Iterable[Tensor]) -> bool:
+    """Are the numbers in these tensors of dtypes that the Triton kernels have?"""
+    return all(tensor.dtype in TRITON_DTYPES for tensor in tensors if tensor.is_floating_point())
 
 
 def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

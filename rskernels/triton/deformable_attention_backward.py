@@ -19,7 +19,7 @@ from rskernels.triton.deformable_attention_tiles import (
     tile,
     with_channels_together,
 )
-from rskernels.triton.launch import cdiv, config, dtype_class, launch, power_of_2
+from rskernels.triton.launch import cdiv, config, dtype_class, is_noting, launch, power_of_2
 
 KEYS_BLOCK = 256
 
@@ -149,7 +149,9 @@ def gather_kernel(
             sample = sample.to(tl.int32)
         of_row = (sample // samples_of_row).to(tl.int64)
         x, y, right, down, weight, _ = sample_place(locations, weights, sample, mask, height, width)
-        share = weight * tl.where(x == column, 1 - right, right) * tl.where(y == row, 1 - down, down)
+        # A sample that rounding put elsewhere than keys_kernel did has no part, rather than a wrong one.
+        along = tl.where(x == column, 1 - right, tl.where(x + 1 == column, right, 0.0))
+        share = weight * along * tl.where(y == row, 1 - down, tl.where(y + 1 == row, down, 0.0))
         total += share[:, None] * grad_tile(grad, of_row, mask, channels, channels_in, dim)
     to = grad_value + ((batch * pixels + first_pixel + pixel) * heads + head) * dim + channels
     tl.store(to, tl.sum(total, 0).to(grad_value.dtype.element_ty), mask=channels_in)
@@ -194,6 +196,8 @@ def value_gradient(
         keys_kernel, (cdiv(samples, KEYS_BLOCK),), locations, weights, keys, sides,
         samples, rows, heads, points, cells, nowhere, LEVELS=levels, BLOCK=KEYS_BLOCK, num_warps=4,
     )  # fmt: skip
+    if is_noting():  # nothing was written: the tuner replays samples spread over all cells
+        keys = (torch.arange(samples, device=keys.device) * nowhere // max(samples, 1)).to(keys.dtype)
     keys, order = keys.sort(stable=True)
     starts = torch.searchsorted(keys, torch.arange(nowhere + 1, dtype=keys.dtype, device=keys.device))
     first_pixel = first_cell = 0

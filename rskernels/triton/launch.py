@@ -67,6 +67,11 @@ def trying(choices: Mapping[tuple[str, str], Mapping[str, int]]) -> Iterator[set
         _tried, _asked = {}, None
 
 
+def is_noting() -> bool:
+    """Are launches noted down instead of done?"""
+    return _noted is not None
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run `kernel` on the device of its first tensor; an empty grid is no launch.
 
@@ -119,8 +124,9 @@ def capability_of(device: torch.device) -> int:
 
 
 def nearest_chip(capability: int) -> int:
-    """The chip of CHIPS whose configurations serve compute capability `capability` (80 for 8.0)."""
-    return min(CHIPS, key=lambda chip: abs(chip - capability))
+    """The chip of CHIPS whose configurations serve compute capability `capability` (80 for 8.0): the last one
+    before it, for later chips of another kind may have less shared memory."""
+    return max((chip for chip in CHIPS if chip <= capability), default=CHIPS[0])
 
 
 @functools.cache
@@ -186,10 +192,14 @@ def checked(saved: Any, capability: int) -> Configs:
 
 def dot_precision(dtype: torch.dtype) -> str:
     """How a product of float32 numbers is done: three TF32 products keep float32's digits; where the user
-    allows TF32 (torch.set_float32_matmul_precision) it is one. Half precision is exact either way."""
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest":
+    allows TF32 for cuBLAS's products it is one. Half precision is exact either way."""
+    if dtype != torch.float32:
         return "tf32x3"
-    return "tf32"
+    matmul = torch.backends.cuda.matmul
+    # PyTorch has two switches, and reading the old one raises where the new one was set.
+    if hasattr(matmul, "fp32_precision"):
+        return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def dtype_class(dtype: torch.dtype) -> str:

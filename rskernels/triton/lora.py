@@ -77,6 +77,7 @@ def add_update(
         BLOCK_N, RANKS, THIN_PRECISION,
     )  # fmt: skip
     if PARTS == 2:
+        tl.debug_barrier()  # two pieces of one high rank update the same columns
         _update_part(
             y, row, has_row, thin, b1, y_row, b1_column, b1_rank, rank0, rank1, column1, width1,
             BLOCK_N, RANKS, THIN_PRECISION,

@@ -4,13 +4,14 @@ import itertools
 import json
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import rskernels
 from rskernels import __main__ as command
-from rskernels import dispatch, tuning
+from rskernels import dispatch, library, tuning
 
 PUBLIC = set(rskernels.__all__) - {
     "__version__", "backend", "explain", "get_backend", "instruction_set", "set_backend",
@@ -305,3 +306,24 @@ def test_environment_chooses_the_backend(run_python):
     code = "import rskernels, torch; x = torch.ones(1, 4); rskernels.linear(x, x, None)"
     wrong = run_python(code, RSKERNELS_BACKEND="fast")
     assert wrong.returncode != 0 and "RSKERNELS_BACKEND: unknown backend 'fast'" in wrong.stderr
+
+
+def test_what_triton_takes_is_asked_of_every_tensor() -> None:
+    """Operators have optional first arguments, and lists of tensors."""
+    half, mask = torch.ones(1, dtype=torch.float16), torch.ones(1, dtype=torch.bool)
+    found = list(library._tensors_in((None, [half, half], 3, mask, "relu", [True, False])))
+    assert len(found) == 3 and library.takes_triton(found)
+    assert not library.takes_triton([half, torch.ones(1, dtype=torch.float64)])
+
+
+def test_a_device_that_the_tiles_do_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def device(name: str, major: int, minor: int, shared: int) -> str:
+        chip = SimpleNamespace(name=name, major=major, minor=minor, shared_memory_per_block_optin=shared)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: chip)
+        dispatch.device_problem.cache_clear()
+        return dispatch.device_problem(torch.device("cuda", 0))
+
+    assert device("H100", 9, 0, 232_448) == device("A100", 8, 0, 166_912) == ""
+    assert "T4 has 7.5" in device("T4", 7, 5, 65_536)
+    assert "RTX 4090 has 101,376" in device("RTX 4090", 8, 9, 101_376)
+    dispatch.device_problem.cache_clear()

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from lora_cases import RESULTS, as_dtype, conditioning, formula, gradients, qkv_arguments
 
 import rskernels
-from rskernels.triton import lora
+from rskernels.triton import lora, lora_backward
+from rskernels.triton.launch import config
 
 SCALE = 0.75
 
@@ -65,8 +66,8 @@ def test_qkv_matches_float64_formula(device, dtype, assert_accurate, shape, bias
 
 @pytest.mark.parametrize("most", (2, 32))
 def test_slices_of_rows_add_up(device, dtype, assert_accurate, monkeypatch, most):
-    monkeypatch.setattr(lora, "SLICE_ROWS", 16)
-    monkeypatch.setattr(lora, "MAX_SLICES", most)
+    monkeypatch.setattr(lora_backward, "SLICE_ROWS", 16)
+    monkeypatch.setattr(lora_backward, "MAX_SLICES", most)
     args = to(qkv_arguments(dtype, rows=(75,), inputs=20, dim=13, ranks=(3, 5)), device)
     check(assert_accurate, args, torch.randn(75, 39).to(device, dtype))
 
@@ -197,7 +198,7 @@ def test_expanded_gradient(device, dtype):
 def test_candidates_fit_their_kernel(kernel, ranks):
     found = lora.candidates(kernel, f"half/{ranks}")
     assert 0 < len(found) <= 12
-    shipped = lora.config(f"lora.{kernel}", f"half/{ranks}", torch.device("cpu"))
+    shipped = config(f"lora.{kernel}", f"half/{ranks}", torch.device("cpu"))
     assert all(candidate.keys() == shipped.keys() for candidate in found)
 
 
