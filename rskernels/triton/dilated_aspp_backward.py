@@ -334,7 +334,7 @@ def candidates(kernel: str, shape_class: str) -> list[dict[str, int]]:
         ]
     if kernel == "finish_weight":
         return [{"BLOCK_C": c, "num_warps": warps} for c in (64, 128, 256) for warps in (2, 4)]
-    if kernel == "convolve_sum":
+    if kernel in ("convolve", "convolve_sum"):
         return convolve_candidates(kernel, shape_class)
     dtype, outputs = shape_class.split("/o")
     n = min(int(outputs), 64 if dtype == "float" else 128)

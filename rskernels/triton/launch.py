@@ -179,9 +179,9 @@ def checked(saved: Any, capability: int) -> Configs:
     for kernel, classes in rows.items():
         if kernel not in known:
             raise ValueError(f"there is no kernel {kernel!r}")
-        names = set(known[kernel]["default"])
         for shape_class, constants in classes.items() if isinstance(classes, Mapping) else [("?", None)]:
             where = f"{kernel}, {shape_class}"
+            names = set(known[kernel].get(shape_class, known[kernel]["default"]))
             if not isinstance(constants, Mapping) or set(constants) != names:
                 raise ValueError(f"{where}: expected the constants {', '.join(sorted(names))}")
             for name, value in constants.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 import rskernels
 from rskernels import rel_pos_attention
 from rskernels.triton import rel_pos_attention_tiles as tiles
-from rskernels.triton.launch import CHIPS, _configs
+from rskernels.triton.launch import CHIPS, shipped
 
 kernels = importlib.import_module("rskernels.triton.rel_pos_attention")
 KERNELS = ("forward", "query_gradients", "key_gradients", "table_gradients")
@@ -255,7 +255,7 @@ def test_every_class_is_configured_and_among_the_candidates() -> None:
     classes = ["half/d32", "half/d64", "half/d128", "half/d256", "float/d32", "float/d64"]
     for chip in CHIPS:
         for kernel in KERNELS:
-            rows = _configs(chip)[f"rel_pos_attention.{kernel}"]
+            rows = shipped(chip)[f"rel_pos_attention.{kernel}"]
             assert set(rows) == {"default", *classes}
             for each in classes:
                 found = kernels.candidates(kernel, each)
@@ -282,8 +282,9 @@ def test_examples_cover_every_class_and_kernel() -> None:
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 64), (torch.float16, 256)])
 def test_a_larger_head_dim_is_refused_by_name_and_left_to_the_reference(dtype, limit) -> None:
-    assert operator._without(dtype, limit) == {}
-    assert operator._without(dtype, limit + 1)["triton"].endswith(f"at most {limit}, this is {limit + 1}")
+    qkv = torch.empty(0, dtype=dtype)
+    assert operator._without(qkv, limit) == {}
+    assert operator._without(qkv, limit + 1)["triton"].endswith(f"at most {limit}, this is {limit + 1}")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: the interpreter ran the launchers")
