@@ -59,7 +59,7 @@ def _check_size(network: Any, name: str, image_size: tuple[int, int], channels: 
     try:
         with torch.no_grad():
             functional_call(network, {key: value.to("meta") for key, value in tensors}, (images,))
-    except NotImplementedError:  # an operation that has no shapes without numbers says nothing of the size
+    except NotImplementedError:  # PyTorch's, of an operation that has no meta kernel: nothing of the size
         return
     except Exception as error:
         raise ValueError(
