@@ -11,7 +11,9 @@ only whether it has everything, and that all of it fits.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import functools
 import hashlib
 import importlib
 import io
@@ -28,6 +30,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -67,7 +70,7 @@ class Build:
     def digest(self) -> str:
         """Of the source, with that of the functions it calls, and of everything else."""
         rest = (self.chip, self.signature, self.constants, self.attributes, self.options)
-        return hashlib.sha256(f"{self.kernel.cache_key} {rest}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{source_of(self.kernel)} {rest}".encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,26 @@ class Compiled:
     @property
     def fits(self) -> bool:
         return self.spills == 0 and self.shared <= SHARED_LIMIT[self.chip]
+
+
+@functools.cache
+def source_of(kernel: Any) -> str:
+    """The text of a kernel, of the functions that it calls and of the constants that they use. Triton's own key
+    also changes where lines or comments above do."""
+    found: dict[str, str] = {}
+    waiting = [kernel]
+    while waiting:
+        function = waiting.pop()
+        tree = ast.parse(function.src)
+        found[f"{function.fn.__module__}.{function.fn.__name__}"] = ast.unparse(tree)
+        for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
+            value = function.fn.__globals__.get(name)
+            if isinstance(value, tl.constexpr):
+                found[f"{function.fn.__module__}.{name}"] = str(value.value)
+            elif isinstance(value, triton.JITFunction):
+                if f"{value.fn.__module__}.{value.fn.__name__}" not in found:
+                    waiting.append(value)
+    return json.dumps(found, sort_keys=True)
 
 
 def builds(operator: str, chip: int, most: int | None = None) -> Iterator[Build]:
