@@ -30,7 +30,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,6 +96,7 @@ class Check:
     scratch: Path
     name: str = "dry-run"
     capability: int = 90
+    chip: int = 90  # whose configurations serve it
 
     @property
     def device(self) -> str:
@@ -159,10 +160,9 @@ class Check:
         return Command(tool, ("compute-sanitizer", *options, *self.part("pass")), uncached)
 
     def _aot(self, operator: str) -> Command:
-        chip = max((chip for chip in (80, 90, 100) if chip <= self.capability), default=80)
-        few = ("--examples", str(EXAMPLES[self.dry]))
+        which = ("--chips", str(self.chip), "--operators", operator, "--examples", str(EXAMPLES[self.dry]))
         table = ("--output", str(self.scratch / f"{operator}.aot.json"))
-        command = module("rskernels.triton.aot", "--chips", str(chip), "--operators", operator, *few, *table)
+        command = module("rskernels.triton.aot", *which, *table)
         return Command(operator, command)
 
     def verdict(self, part: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -325,8 +325,7 @@ def _check(check: Check, parts: Sequence[str], scale: float) -> int:
         print("gpu-check: no CUDA device answers; --dry-run shows what would be done", file=sys.stderr)
         return 1
     if not check.dry:
-        capability = int(str(about["machine"]["capability"]).replace(".", ""))
-        check = Check(False, check.output, check.scratch, about["name"], capability)
+        check = replace(check, **{name: about[name] for name in ("name", "capability", "chip")})
     kept = check.output / f"{check.name}-tuned.json"
     if kept.exists():  # of an earlier run, where parts are run one at a time
         check.tuned.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from torch import Tensor
 import rskernels
 from benchmarks import SUITES, measure, models, report
 from benchmarks.measure import Case
+from rskernels.triton.launch import capability_of, nearest_chip
 from rsmodels.files import read_json, write_json
 
 WHOLE = ("models", "crossearth", "ktda")
@@ -46,7 +47,13 @@ TARGETS = {
 
 
 def machine() -> dict[str, Any]:
-    return {"name": measure.name_of_machine(), "machine": measure.machine()}
+    capability = capability_of(measure.device())
+    return {
+        "name": measure.name_of_machine(),
+        "machine": measure.machine(),
+        "capability": capability,
+        "chip": nearest_chip(capability),
+    }
 
 
 def one_pass() -> dict[str, Any]:

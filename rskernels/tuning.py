@@ -11,6 +11,7 @@ writes another file, RSKERNELS_TUNING=off ignores all of them. Beside it lie the
 kernels that the same command measured on a GPU (`triton_path`, rskernels.triton.launch).
 """
 
+import contextlib
 import json
 import os
 import warnings
@@ -35,6 +36,8 @@ _table: dict[str, str] = {}
 _small: dict[str, str] = {}
 _source = ""
 _cause = ""  # why the default rule holds, for describe(): a record must not tell where files lie
+_triton: dict[str, Any] | None = None  # what `restore` gave, by capability; None: what the files have
+triton_configs: dict[int, Any] = {}  # rskernels.triton.launch's, as checked; by capability
 
 
 def default_table() -> dict[str, str]:
@@ -56,14 +59,19 @@ def serves_small(dtype: str) -> str:
 
 
 def record() -> dict[str, Any]:
-    """The table in use and where it came from; a training run stores it beside its configuration."""
+    """The table in use and where it came from, and the Triton configurations measured on this machine; a
+    training run stores it beside its configuration."""
     # Only the file's name: the record travels in published models, where a path would tell whose home it is.
-    return {"version": VERSION, "source": Path(_source).name, "products": dict(_table)}
+    table = {"version": VERSION, "source": Path(_source).name, "products": dict(_table)}
+    return table | {"triton": _stored_triton() if _triton is None else _triton}
 
 
 def restore(saved: Mapping[str, Any]) -> None:
-    """Use a table that `record` gave, so that a resumed run computes with the same products."""
+    """Use what `record` gave, so that a resumed run computes with the same products and tiles."""
+    global _triton
     _use(_checked(saved, "restore"), str(saved.get("source", "restored")), "restored from a record")
+    _triton = dict(saved.get("triton", {}))
+    triton_configs.clear()
 
 
 def use(saved: Mapping[str, Any], source: str) -> None:
@@ -86,6 +94,38 @@ def triton_path(capability: int) -> Path | None:
     """The file beside it with the Triton configurations tuned on GPUs of `capability` (90 for 9.0)."""
     file = path()
     return None if file is None else file.with_name(f"{file.stem}.sm{capability}.json")
+
+
+def triton_table(capability: int) -> Any:
+    """What was tuned for GPUs of `capability`, unchecked: the restored record's where there is one, else the
+    file's; None where nothing is. OSError, RuntimeError or ValueError where that cannot be read."""
+    if _triton is not None:
+        return _triton.get(str(capability))
+    file = triton_path(capability)
+    return json.loads(file.read_text()) if file is not None and file.exists() else None
+
+
+def triton_place(capability: int) -> str:
+    """Where `triton_table` reads, for messages."""
+    return "the record that was restored" if _triton is not None else str(triton_path(capability))
+
+
+def forget_triton() -> None:
+    """Read the files anew at the next launch of a Triton kernel; a restored record serves no longer."""
+    global _triton
+    _triton = None
+    triton_configs.clear()
+
+
+def _stored_triton() -> dict[str, Any]:
+    """Every chip's readable table by capability; a bad one is reported where it is used."""
+    found = {}
+    with contextlib.suppress(OSError, RuntimeError):  # containers: a home of another user's, or none
+        file = path()
+        for stored in [] if file is None else sorted(file.parent.glob(f"{file.stem}.sm*.json")):
+            with contextlib.suppress(ValueError, OSError):
+                found[stored.stem.rpartition(".sm")[2]] = json.loads(stored.read_text())
+    return found
 
 
 def load() -> None:

@@ -118,7 +118,8 @@ def test_other_parts_tell_what_they_found(check):
 
 def run_main(monkeypatch, tmp_path, codes, *arguments):
     """`main` with processes that end with `codes` (0 unless named); returns its exit code and the summary."""
-    machine = json.dumps({"name": "h200", "machine": {"processor": "NVIDIA H200", "capability": "9.0"}})
+    about = {"processor": "NVIDIA H200", "capability": "9.0"}
+    machine = json.dumps({"name": "h200", "machine": about, "capability": 90, "chip": 90})
 
     def run(commands, seconds, environment, at_once):
         assert environment["PYTHONPATH"].startswith(str(ROOT)) and "RSKERNELS_BACKEND" not in environment

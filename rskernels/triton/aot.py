@@ -93,10 +93,10 @@ class Compiled:
 
 @functools.cache
 def source_of(kernel: Any) -> str:
-    """The text of a kernel, of the functions that it calls and of the constants that they use. Triton's own key
-    also changes where lines or comments above do."""
+    """The text of a kernel, of the functions that it calls and of the constants they use: unlike Triton's
+    own key the same wherever in a file they stand, whatever the comments."""
     found: dict[str, str] = {}
-    waiting = [kernel]
+    waiting, seen = [kernel], {kernel}
     while waiting:
         function = waiting.pop()
         tree = ast.parse(function.src)
@@ -105,9 +105,9 @@ def source_of(kernel: Any) -> str:
             value = function.fn.__globals__.get(name)
             if isinstance(value, tl.constexpr):
                 found[f"{function.fn.__module__}.{name}"] = str(value.value)
-            elif isinstance(value, triton.JITFunction):
-                if f"{value.fn.__module__}.{value.fn.__name__}" not in found:
-                    waiting.append(value)
+            elif isinstance(value, triton.JITFunction) and value not in seen:
+                seen.add(value)
+                waiting.append(value)
     return json.dumps(found, sort_keys=True)
 
 
@@ -135,10 +135,10 @@ def _specialise(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[An
     signature: dict[str, Any] = dict.fromkeys(constants, "constexpr")
     attributes: dict[Any, Any] = {}
 
-    def specialise(path: tuple[int, ...], value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(specialise((*path, i), item) for i, item in enumerate(value))
-        if value is None or (type(value) is int and value == 1):
+    def specialise(path: tuple[int, ...], value: Any, free: bool) -> Any:
+        if isinstance(value, tuple):  # whose items Triton always specialises
+            return tuple(specialise((*path, i), item, False) for i, item in enumerate(value))
+        if value is None or (type(value) is int and value == 1 and not free):
             constants[names[path[0]] if len(path) == 1 else path] = value
             return "constexpr"
         if isinstance(value, float):
@@ -147,14 +147,15 @@ def _specialise(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[An
             raise TypeError(
                 f"{launch.kernel.fn.__name__}: argument {names[path[0]]} is {type(value).__name__}"
             )
-        if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
+        if not free and (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
             return f"*{DTYPES[value.dtype]}"
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     for index, value in enumerate(launch.arguments):
-        signature[names[index]] = specialise((index,), value)
+        free = launch.kernel.params[index].do_not_specialize
+        signature[names[index]] = specialise((index,), value, free)
     missing = set(names) - set(signature)
     if missing:
         raise TypeError(f"{launch.kernel.fn.__name__}: launched without {', '.join(sorted(missing))}")

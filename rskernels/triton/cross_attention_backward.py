@@ -23,12 +23,19 @@ from rskernels.triton.cross_attention_parts import (
     load_tile,
     locate,
     pack,
-    readable,
     store_tile,
     strides,
 )
 from rskernels.triton.cross_attention_wide import WIDE, backward_wide
-from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, launch, power_of_2
+from rskernels.triton.launch import (
+    cdiv,
+    config,
+    dot_precision,
+    dtype_class,
+    launch,
+    power_of_2,
+    with_channels_together,
+)
 
 LOG2_E_ = tl.constexpr(LOG2_E)
 FEW_KEYS, FEW_QUERIES = (
@@ -165,7 +172,7 @@ def backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, each in memory (B, N, h, d); empty tensors for those that are not wanted."""
-    grad, q, k, v, out = (readable(x) for x in (grad, q, k, v, out))
+    grad, q, k, v, out = (with_channels_together(x) for x in (grad, q, k, v, out))
     lse = lse.contiguous()
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]

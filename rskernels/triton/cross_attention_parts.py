@@ -30,11 +30,6 @@ def cut(length: int, other: int, programs: int) -> tuple[int, int]:
     return max(cdiv(length, part), 1), part
 
 
-def readable(x: Tensor) -> Tensor:
-    """x itself where d is contiguous."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def strides(x_bhnd: Tensor) -> tuple[int, int, int]:
     """Of batch, head and token; a batch of one serves every entry."""
     batch, head, token, _ = x_bhnd.stride()

@@ -2,7 +2,7 @@
 
 Shapes: B batch, h heads, d head dim, L levels, S = sum of the levels' pixels, Q queries, P points per level.
 A row is a query and head, (q, h) in this order; a sample is a row's point on a level. `sides` is height and
-width of every level, one after the other.
+width of every level, one after the other, `odd_sides` the same as the kernels take them.
 
 docs/kernels/deformable_attention.md explains the kernels; the backward pass is in
 deformable_attention_backward.py.
@@ -20,13 +20,14 @@ from torch import Tensor
 
 from rskernels.library import TRITON_DTYPES
 from rskernels.triton.deformable_attention_backward import sample_gradients, value_gradient
-from rskernels.triton.deformable_attention_tiles import corner, sample_place, tile, with_channels_together
-from rskernels.triton.launch import cdiv, launch
+from rskernels.triton.deformable_attention_tiles import corner, level_size, odd, sample_place, tile
+from rskernels.triton.launch import cdiv, launch, with_channels_together
 
 
 @triton.jit
 def forward_kernel(
-    value, locations, weights, out, sides, rows, heads, dim, points, batch_stride, pixel_stride, head_stride,
+    value, locations, weights, out, odd_sides,
+    rows, heads, dim, points, batch_stride, pixel_stride, head_stride,
     LEVELS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The output of one tile of rows and channels. rows: Q·h, of one image."""
@@ -41,7 +42,7 @@ def forward_kernel(
     sample = row * (LEVELS * points)
     total = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
     for level in tl.static_range(LEVELS):
-        height, width = sides[2 * level], sides[2 * level + 1]
+        height, width = level_size(odd_sides, level)
         for point in range(points):
             x, y, right, down, weight, spoiled = sample_place(
                 locations, weights, sample + point, row_in, height, width
@@ -112,7 +113,7 @@ def forward(
     grid = (batch * cdiv(rows, constants["BLOCK_R"]), cdiv(dim, constants["BLOCK_D"]))
     launch(
         forward_kernel, grid, value, sampling_locations.contiguous(), attention_weights.contiguous(), out,
-        tuple(sides), rows, heads, dim, points, *value.stride()[:3], LEVELS=levels, **constants,
+        odd(sides), rows, heads, dim, points, *value.stride()[:3], LEVELS=levels, **constants,
     )  # fmt: skip
     return out
 
@@ -181,6 +182,7 @@ def examples() -> Iterator[tuple[str, Callable[[], None]]]:
         "d256": (((32, 32), (16, 16)), 100, 1, 256, 4),
         "d320": (((14, 14),), 196, 1, 320, 1),
         "levels of one row": (((1, 13), (1, 1)), 30, 2, 16, 2),
+        "sizes of 1": (((1, 1),), 1, 1, 1, 1),  # constants to the compiler
     }
     for dtype in (torch.float32, torch.bfloat16):
         for name, shape in calls.items():

@@ -15,11 +15,20 @@ from torch import Tensor
 from rskernels.triton.deformable_attention_tiles import (
     MOST_CHANNELS,
     corner,
+    level_size,
+    odd,
     sample_place,
     tile,
+)
+from rskernels.triton.launch import (
+    cdiv,
+    config,
+    dtype_class,
+    is_noting,
+    launch,
+    power_of_2,
     with_channels_together,
 )
-from rskernels.triton.launch import cdiv, config, dtype_class, is_noting, launch, power_of_2
 
 KEYS_BLOCK = 256
 
@@ -32,7 +41,7 @@ def grad_tile(grad, row, row_in, channels, channels_in, dim):
 
 @triton.jit
 def samples_kernel(
-    grad, value, locations, weights, grad_locations, grad_weights, sides,
+    grad, value, locations, weights, grad_locations, grad_weights, odd_sides,
     rows, heads, dim, points, batch_stride, pixel_stride, head_stride,
     LEVELS: tl.constexpr, LOCATIONS: tl.constexpr, WEIGHTS: tl.constexpr, ONE_TILE: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -48,7 +57,7 @@ def samples_kernel(
     if ONE_TILE:
         g = grad_tile(grad, row, row_in, tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_D) < dim, dim)
     for level in tl.static_range(LEVELS):
-        height, width = sides[2 * level], sides[2 * level + 1]
+        height, width = level_size(odd_sides, level)
         for point in range(points):
             x, y, right, down, weight, spoiled = sample_place(
                 locations, weights, sample + point, row_in, height, width
@@ -94,7 +103,7 @@ def samples_kernel(
 
 @triton.jit
 def keys_kernel(
-    locations, weights, keys, sides, samples, rows, heads, points, cells, nowhere,
+    locations, weights, keys, odd_sides, samples, rows, heads, points, cells, nowhere,
     LEVELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The cell of every sample: that of its upper left pixel, which may lie a row above or a column left
@@ -110,17 +119,18 @@ def keys_kernel(
     first = tl.zeros((BLOCK,), tl.int32)
     passed = 0
     for level in tl.static_range(LEVELS):
-        height = tl.where(of_level == level, sides[2 * level], height)
-        width = tl.where(of_level == level, sides[2 * level + 1], width)
+        level_height, level_width = level_size(odd_sides, level)
+        height = tl.where(of_level == level, level_height, height)
+        width = tl.where(of_level == level, level_width, width)
         first = tl.where(of_level == level, passed, first)
-        passed += (sides[2 * level] + 1) * (sides[2 * level + 1] + 1)
+        passed += (level_height + 1) * (level_width + 1)
     x, y, _, _, _, spoiled = sample_place(locations, weights, sample, mask, height, width)
     touches = (x >= -1) & (x < width) & (y >= -1) & (y < height) & (spoiled == 0)
     key = plane * cells + first + (y + 1) * (width + 1) + x + 1
     tl.store(keys + sample, tl.where(touches, key, nowhere).to(keys.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "first_pixel", "first_cell", "pixels", "cells"])
 def gather_kernel(
     grad, locations, weights, order, starts, grad_value, height, width, first_pixel, first_cell,
     pixels, cells, heads, dim, samples_of_row,
@@ -172,7 +182,7 @@ def sample_gradients(
     constants = tile("samples_kernel", value)
     launch(
         samples_kernel, (batch * cdiv(rows, constants["BLOCK_R"]),),
-        grad, value, locations, weights, grad_locations, grad_weights, sides,
+        grad, value, locations, weights, grad_locations, grad_weights, odd(sides),
         rows, heads, dim, points, *value.stride()[:3],
         LEVELS=levels, LOCATIONS=wants_locations, WEIGHTS=wants_weights, ONE_TILE=dim <= constants["BLOCK_D"],
         **constants,
@@ -193,7 +203,7 @@ def value_gradient(
     nowhere = batch * heads * cells
     keys = value.new_empty(samples, dtype=torch.int32 if nowhere < 2**31 else torch.int64)
     launch(
-        keys_kernel, (cdiv(samples, KEYS_BLOCK),), locations, weights, keys, sides,
+        keys_kernel, (cdiv(samples, KEYS_BLOCK),), locations, weights, keys, odd(sides),
         samples, rows, heads, points, cells, nowhere, LEVELS=levels, BLOCK=KEYS_BLOCK, num_warps=4,
     )  # fmt: skip
     if is_noting():  # nothing was written: the tuner replays samples spread over all cells

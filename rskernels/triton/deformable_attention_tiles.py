@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,6 +11,17 @@ from torch import Tensor
 from rskernels.triton.launch import config, dtype_class, power_of_2
 
 MOST_CHANNELS = 256  # of a tile
+
+
+def odd(sides: Sequence[int]) -> tuple[int, ...]:
+    """2 s + 1 for every side s: of integers that are 1 or divisible by 16 the compiler makes builds of their
+    own, and in a tuple it cannot be told not to. So all sizes of levels share one."""
+    return tuple(2 * side + 1 for side in sides)
+
+
+@triton.jit
+def level_size(odd_sides, level: tl.constexpr):
+    return odd_sides[2 * level] >> 1, odd_sides[2 * level + 1] >> 1
 
 
 @triton.jit
@@ -34,11 +47,6 @@ def corner(level, x, y, mask, channels, channels_in, height, width, pixel_stride
     at = level + (y * width + x).to(tl.int64) * pixel_stride
     pixels = tl.load(at[:, None] + channels[None, :], mask=inside[:, None] & channels_in[None, :], other=0.0)
     return pixels.to(tl.float32)
-
-
-def with_channels_together(tensor: Tensor) -> Tensor:
-    """`tensor` where its last dimension's values are neighbours, else a copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
 def tile(kernel: str, value: Tensor) -> dict[str, int]:

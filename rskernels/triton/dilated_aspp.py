@@ -359,32 +359,35 @@ def candidates(kernel: str, shape_class: str) -> list[dict[str, int]]:
 
 
 def example_arguments(
-    dtype: torch.dtype, channels: Sequence[int], outputs: int, projected: bool
+    dtype: torch.dtype, images: int, side: int, channels: Sequence[int], outputs: int, projected: bool
 ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
     """Features, weights and the projection's weight of a pyramid on the meta device."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    features = [empty(2, c, 32, 32).to(memory_format=torch.channels_last) for c in channels]
+    features = [empty(images, c, side, side).to(memory_format=torch.channels_last) for c in channels]
     weights = [empty(outputs, c, 3, 3) for c in (tuple(channels) * 4 if len(channels) == 1 else channels)]
     return features, weights, empty(outputs, 4 * outputs) if projected else None
 
 
-EXAMPLES: list[tuple[Any, ...]] = [  # name, channels of the features, outputs of a branch, projected
-    ("head 256-1024, projected", (256, 512, 1024, 1024), 256, True),
-    ("ASPP 2048", (2048,), 256, False),
-    ("tiny head, projected", (64, 64, 64, 64), 64, True),
-    ("narrow", (32,), 32, False),
-    ("narrowest", (16,), 16, False),
+# Name, images, side, channels of the features, outputs of a branch, projected.
+EXAMPLES: list[tuple[Any, ...]] = [
+    ("head 256-1024, projected", 2, 32, (256, 512, 1024, 1024), 256, True),
+    ("ASPP 2048", 2, 32, (2048,), 256, False),
+    ("tiny head, projected", 2, 32, (64, 64, 64, 64), 64, True),
+    ("narrow", 2, 32, (32,), 32, False),
+    ("narrowest", 2, 32, (16,), 16, False),
+    ("sizes of 1", 1, 1, (1,), 1, False),  # constants to the compiler
 ]
 
 
 def examples() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Calls with the shapes of the heads; nothing is computed on the meta device."""
 
-    def call(dtype: torch.dtype, channels: Sequence[int], outputs: int, projected: bool) -> None:
-        features, weights, projection = example_arguments(dtype, channels, outputs, projected)
+    def call(dtype: torch.dtype, *shape: Any) -> None:
+        features, weights, projection = example_arguments(dtype, *shape)
+        *_, outputs, projected = shape
         bias = features[0].new_empty(4 * outputs)
         activation, folded = ("gelu", None) if projected else ("relu", bias)
         forward(

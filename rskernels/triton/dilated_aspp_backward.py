@@ -349,10 +349,11 @@ def candidates(kernel: str, shape_class: str) -> list[dict[str, int]]:
 def examples() -> Iterator[tuple[str, Callable[[], Any]]]:
     """The backward calls of the heads in dilated_aspp.EXAMPLES."""
 
-    def call(dtype: torch.dtype, channels: Sequence[int], outputs: int, projected: bool) -> None:
-        features, weights, projection = example_arguments(dtype, channels, outputs, projected)
-        kept = features[0].new_empty(2, 32, 32, 4 * outputs)
-        grad = features[0].new_empty(2, 32, 32, outputs if projected else 4 * outputs).permute(0, 3, 1, 2)
+    def call(dtype: torch.dtype, *shape: Any) -> None:
+        features, weights, projection = example_arguments(dtype, *shape)
+        images, side, _, outputs, projected = shape
+        kept = features[0].new_empty(images, side, side, 4 * outputs)
+        grad = kept[..., : outputs if projected else 4 * outputs].contiguous().permute(0, 3, 1, 2)
         mask = [True] * (len(features) + 5) + [projected] * 2
         activation = "gelu" if projected else "relu"
         backward(grad, features, weights, kept, None, projection, [1, 6, 12, 18], activation, mask)

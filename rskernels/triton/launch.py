@@ -138,30 +138,29 @@ def shipped(chip: int) -> Configs:
     return rows
 
 
-@functools.cache
 def _tuned(capability: int) -> Configs:
-    """What was tuned on this machine; nothing where there is no file, or, with one warning, a bad one."""
+    """What was tuned on this machine or restored from a record; nothing where there is none, or, with one
+    warning, a bad one."""
+    if capability not in tuning.triton_configs:
+        tuning.triton_configs[capability] = _read_tuned(capability)
+    configs: Configs = tuning.triton_configs[capability]
+    return configs
+
+
+def _read_tuned(capability: int) -> Configs:
     try:
-        file = tuning.triton_path(capability)
-        if file is None or not file.exists():
-            return {}
-    except (OSError, RuntimeError):  # containers: a home of another user's, or none
-        return {}
-    try:
-        return checked(json.loads(file.read_text()), capability)
-    except (OSError, ValueError) as error:  # json.JSONDecodeError is a ValueError
+        saved = tuning.triton_table(capability)
+        return {} if saved is None else checked(saved, capability)
+    except ValueError as error:  # json.JSONDecodeError is one
         warnings.warn(
-            f"rskernels: ignoring the tuned configurations in {file}: {error}; delete it or run "
-            "`python -m rskernels tune`",
+            f"rskernels: ignoring the tuned configurations in {tuning.triton_place(capability)}: {error}; "
+            "`python -m rskernels tune` measures them anew",
             RuntimeWarning,
             stacklevel=2,
         )
-        return {}
-
-
-def forget_tuned() -> None:
-    """Read the tuned configurations anew at the next launch."""
-    _tuned.cache_clear()
+    except (OSError, RuntimeError):  # containers: a home of another user's, or none
+        pass
+    return {}
 
 
 def checked(saved: Any, capability: int) -> Configs:
@@ -188,6 +187,11 @@ def checked(saved: Any, capability: int) -> Configs:
                 if type(value) is not int or value < 0:
                     raise ValueError(f"{where}: {name} is {value!r}, expected an integer from 0 on")
     return {kernel: {name: dict(row) for name, row in classes.items()} for kernel, classes in rows.items()}
+
+
+def with_channels_together(x: Tensor) -> Tensor:
+    """x where its last dimension's values are neighbours in memory, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def dot_precision(dtype: torch.dtype) -> str:

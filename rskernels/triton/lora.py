@@ -141,19 +141,21 @@ def examples() -> Iterator[tuple[str, Callable[[], Any]]]:
             yield f"ViT-B qkv, rank {rank}, {str(dtype)[6:]}", _example(dtype, 768, rank, 2)
         yield f"linear, rank 4, {str(dtype)[6:]}", _example(dtype, 1024, 4, 1)
         yield f"odd sizes, rank 3, {str(dtype)[6:]}", _example(dtype, 77, 3, 2)
+        # Sizes of 1 are constants to the compiler.
+        yield f"sizes of 1, {str(dtype)[6:]}", _example(dtype, 1, 1, 2, rows=1)
 
 
-def _example(dtype: torch.dtype, dim: int, rank: int, parts: int) -> Callable[[], None]:
+def _example(dtype: torch.dtype, dim: int, rank: int, parts: int, rows: int = 4096) -> Callable[[], None]:
     def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def call() -> None:
         outputs = 3 * dim if parts == 2 else dim
-        x, weight, bias = empty(4096, dim), empty(outputs, dim), empty(outputs)
+        x, weight, bias = empty(rows, dim), empty(outputs, dim), empty(outputs)
         a, b = [empty(rank, dim)] * parts, [empty(dim, rank)] * parts
         columns = [0, 2 * dim][:parts]
         forward(x, weight, bias, a, b, columns, 0.5, True)
-        xa = empty(4096, parts * rank, dtype=torch.float32)
-        backward(empty(4096, outputs), x, weight, a, b, xa, columns, 0.5, [True] * 3)
+        xa = empty(rows, parts * rank, dtype=torch.float32)
+        backward(empty(rows, outputs), x, weight, a, b, xa, columns, 0.5, [True] * 3)
 
     return call

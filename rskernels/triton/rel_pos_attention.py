@@ -193,6 +193,8 @@ def examples() -> Iterator[tuple[str, Callable[[], Any]]]:
             (1, 20, 20, 4, 32, 0, True),
             (1, 20, 20, 2, 256, 0, True),
             (1, 16, 16, 2, 256, 7, True),
+            (1, 1, 1, 1, 16, 0, True),  # sizes of 1 are constants to the compiler
+            (1, 1, 1, 1, 16, 1, True),
         ):
             if dtype == torch.float32 and dim > 64:
                 continue  # the reference's

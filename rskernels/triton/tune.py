@@ -94,7 +94,7 @@ def tune(
                 found.append(_best(kernel, shape_class, examples, candidates, device, timer))
             _say(found[-1])
             _store(file, capability, device, found)
-            launch.forget_tuned()
+            tuning.forget_triton()
     return found
 
 

@@ -356,4 +356,6 @@ def changed_kernels(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     if before["tuning"]["products"] != now["tuning"]["products"]:
         lines.append("changed since: the table of matrix products; the checkpoint's is used")
+    if before["tuning"].get("triton", {}) != now["tuning"]["triton"]:
+        lines.append("changed since: the tuned Triton configurations; the checkpoint's are used")
     return lines

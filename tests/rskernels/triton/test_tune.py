@@ -84,10 +84,10 @@ def tiny(monkeypatch, tmp_path, device):
             monkeypatch.setattr(place, "capability_of", lambda device: CAPABILITY)
     monkeypatch.setenv("RSKERNELS_TUNING", str(tmp_path / "cache" / "tuning.json"))
     launch.shipped.cache_clear()
-    launch.forget_tuned()
+    tuning.forget_triton()
     yield SimpleNamespace(configs=configs, file=tmp_path / "cache" / f"tuning.sm{CAPABILITY}.json")
     launch.shipped.cache_clear()
-    launch.forget_tuned()
+    tuning.forget_triton()
 
 
 class Clock:
@@ -198,16 +198,41 @@ def test_a_file_that_is_no_good_is_one_warning(tiny, change, match):
     tiny.file.write_text(json.dumps(good))
     gpu = torch.device("cuda", 0)
     assert launch.config("tiny.add", "float", gpu) == {"BLOCK": 64}
-    launch.forget_tuned()
+    tuning.forget_triton()
     tiny.file.write_text(json.dumps(good | change))
     with pytest.warns(RuntimeWarning, match=match) as warned:
         for _ in range(2):
             assert launch.config("tiny.add", "float", gpu) == {"BLOCK": 16}
     assert len(warned) == 1
-    launch.forget_tuned()
+    tuning.forget_triton()
     tiny.file.write_text("{")
     with pytest.warns(RuntimeWarning, match="ignoring the tuned configurations"):
         assert launch.config("tiny.add", "float", gpu) == {"BLOCK": 16}
+
+
+def test_a_restored_record_holds_whatever_the_files_say(tiny):
+    """A resumed run sums in the same tiles, though someone tuned meanwhile."""
+    known = {"version": __version__, "capability": CAPABILITY}
+    gpu = torch.device("cuda", 0)
+    tiny.file.parent.mkdir()
+
+    def store(block):
+        tiny.file.write_text(json.dumps(known | {"configs": {"tiny.add": {"float": {"BLOCK": block}}}}))
+
+    untuned = tuning.record()
+    store(64)
+    tuned = json.loads(json.dumps(tuning.record()))
+    assert launch.config("tiny.add", "float", gpu) == {"BLOCK": 64}
+    store(32)
+    tuning.restore(tuned)
+    assert launch.config("tiny.add", "float", gpu) == {"BLOCK": 64} and tuning.record() == tuned
+    tuning.restore(untuned)
+    assert launch.config("tiny.add", "float", gpu) == {"BLOCK": 16}
+    tuning.restore({**tuned, "triton": {str(CAPABILITY): known | {"version": "0.0", "configs": {}}}})
+    with pytest.warns(RuntimeWarning, match="in the record that was restored: its version is '0.0'"):
+        assert launch.config("tiny.add", "float", gpu) == {"BLOCK": 16}
+    tuning.forget_triton()
+    assert launch.config("tiny.add", "float", gpu) == {"BLOCK": 32}
 
 
 def test_tables_switched_off(tiny, device, monkeypatch):

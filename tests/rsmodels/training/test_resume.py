@@ -74,6 +74,7 @@ def test_resume_says_what_computes_otherwise(
     record |= {"torch": "1.0", "backend": "cuda", "ranks": 8, "threads": 99}
     products = record["tuning"]["products"]
     products |= {"float32/forward/wide/large": "aten"}
+    record["tuning"]["triton"] = {"90": {"version": "another"}}
     file.write_text(json.dumps(state))
     capsys.readouterr()
     train(make_config(steps=2, resume="auto"))
@@ -81,6 +82,7 @@ def test_resume_says_what_computes_otherwise(
     for line in ("torch 1.0 -> ", "backend cuda -> auto", "ranks 8 -> 1", "threads 99 -> 1"):
         assert f"changed since: {line}" in said
     assert "the table of matrix products; the checkpoint's is used" in said
+    assert "the tuned Triton configurations; the checkpoint's are used" in said
     assert "changed since: rskernels" not in said
     resumed = json.loads((run / "checkpoints" / "step-2" / "state.json").read_text())
     assert resumed["kernels"]["tuning"]["products"] == products
