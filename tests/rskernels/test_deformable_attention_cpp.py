@@ -61,7 +61,7 @@ def test_cpp_matches_the_float64_reference(case, dtypes, assert_accurate):
 
 
 @needs_cpp
-@settings(max_examples=60, deadline=None, print_blob=True)
+@settings(max_examples=60)
 @given(
     case=st.builds(
         Case,

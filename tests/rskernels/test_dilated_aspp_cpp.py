@@ -18,7 +18,7 @@ def test_matches_the_float64_reference(case: Case, dtype: torch.dtype, assert_ac
 
 
 @needs_cpp
-@settings(max_examples=40, deadline=None, print_blob=True)
+@settings(max_examples=40)
 @given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_matches_the_float64_reference_on_any_shape(data, dtype: torch.dtype, assert_accurate) -> None:
     n = data.draw(st.integers(1, 3))

@@ -51,7 +51,7 @@ def test_against_float64(any_backend, assert_accurate, dtype, weights, result) -
     compare(assert_accurate, tensors, torch.randn(3, 41, 50).to(result), result)
 
 
-@settings(max_examples=25, deadline=None, print_blob=True)
+@settings(max_examples=25)
 @given(
     rows=st.integers(1, 700),
     dim=st.integers(5, 130),  # of one channel nothing is left, of two their order

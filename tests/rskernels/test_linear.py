@@ -96,7 +96,7 @@ def test_matches_float64_reference(extension, assert_accurate, dtype, activation
             check_against_float64(assert_accurate, leaves, activation)
 
 
-@settings(max_examples=60, deadline=None, print_blob=True)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 200),
     inputs=st.integers(1, 200),

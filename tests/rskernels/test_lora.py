@@ -5,7 +5,7 @@ What else the operators promise: test_lora_contract.py.
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_cases import DTYPES, as_dtype, compare, gradients, qkv_arguments
 
@@ -32,12 +32,7 @@ def test_qkv_matches_float64_formula(extension, assert_accurate, shape, dtype, b
     compare(assert_accurate, args, grad, dtype)
 
 
-@settings(
-    max_examples=30,
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 700),
     inputs=st.integers(1, 200),

@@ -32,7 +32,7 @@ def test_matches_the_float64_reference(case: Case, dtype: torch.dtype) -> None:
 
 
 @needs_cpp
-@settings(max_examples=40, deadline=None, print_blob=True)
+@settings(max_examples=40)
 @given(
     case=st.builds(
         Case,

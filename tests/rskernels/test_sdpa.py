@@ -98,7 +98,7 @@ def test_xformers_cross_attention(case: Cross, dtype: torch.dtype, double: list[
     assert len(double) == 1
 
 
-@settings(max_examples=15, deadline=None, print_blob=True)
+@settings(max_examples=15)
 @given(
     case=st.builds(
         RelPos,
@@ -118,7 +118,7 @@ def test_sdpa_rel_pos_attention_of_any_shape(case: RelPos, dtype: torch.dtype) -
     rel_pos_attention_cases.compare(case, dtype, "sdpa")
 
 
-@settings(max_examples=15, deadline=None, print_blob=True)
+@settings(max_examples=15)
 @given(
     case=st.builds(
         Cross,

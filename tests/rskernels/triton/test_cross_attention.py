@@ -109,7 +109,7 @@ def test_odd_shapes(case: Case, device: torch.device) -> None:
     compare(case, torch.float32, device)
 
 
-@settings(max_examples=6, deadline=None, print_blob=True)
+@settings(max_examples=6)
 @given(
     case=st.builds(
         Case,

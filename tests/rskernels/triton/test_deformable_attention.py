@@ -70,7 +70,7 @@ def test_matches_the_float64_reference(case, assert_accurate, device, dtype):
     compare(case, assert_accurate, device, dtype, torch.float32)
 
 
-@settings(max_examples=10, deadline=None, print_blob=True)
+@settings(max_examples=10)
 @given(
     case=st.builds(
         Case,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from dilated_aspp_cases import Case, leaves, operator
 from dilated_aspp_cases import run as run_public
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rskernels
@@ -108,12 +108,7 @@ def test_relu_from_its_result(device, dtype, assert_accurate):
     check(dataclasses.replace(TINY, activation="relu"), device, dtype, assert_accurate, keep=False)
 
 
-@settings(
-    max_examples=3,
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=3)
 @given(
     batch=st.integers(1, 2),
     inputs=st.integers(1, 40),

@@ -96,7 +96,7 @@ def test_matches_the_float64_reference(case, device, dtype):
         compare(replace(case, dtypes=(dtype, dtype), direction=direction), device)
 
 
-@settings(max_examples=12, deadline=None, print_blob=True)
+@settings(max_examples=12)
 @given(
     case=st.builds(
         Case,

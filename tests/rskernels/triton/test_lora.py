@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_cases import RESULTS, as_dtype, conditioning, formula, gradients, qkv_arguments
 
@@ -72,12 +72,7 @@ def test_slices_of_rows_add_up(device, dtype, assert_accurate, monkeypatch, most
     check(assert_accurate, args, torch.randn(75, 39).to(device, dtype))
 
 
-@settings(
-    max_examples=5,
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=5)
 @given(
     rows=st.integers(1, 70),
     inputs=st.integers(1, 140),

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 from accuracy import allowed_error
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rel_pos_attention_cases import CANCELLED, NAMES, Case, operator, relative_error, rounded, run, terms
 from torch import Tensor
@@ -103,12 +103,7 @@ def test_matches_the_float64_reference_over_several_tiles(case, dtype, device) -
 
 
 @pytest.mark.usefixtures("small_tiles")
-@settings(
-    max_examples=6,
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=6)
 @given(
     case=st.builds(
         Case,

@@ -53,7 +53,7 @@ def test_negative_labels_are_values_like_any_other():
     st.sampled_from(["uint8", "int16", "int64"]),
     st.data(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_table_encodes_as_a_dictionary_would(table, dtype, data):
     schema = LabelSchema(("a", "b", "c"), ((1, 1, 1), (2, 2, 2), (3, 3, 3)), table)
     info = np.iinfo(dtype)
@@ -158,7 +158,7 @@ def schemas(draw) -> LabelSchema:
 
 
 @given(schemas())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_schema_survives_json_and_pickling(schema):
     assert LabelSchema.from_dict(json.loads(json.dumps(schema.to_dict()))) == schema
     assert pickle.loads(pickle.dumps(schema)) == schema

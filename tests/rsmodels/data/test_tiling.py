@@ -59,7 +59,7 @@ def cut(image: Tensor, grid: TileGrid) -> list:
     return [(t, image[:, t.top : t.top + t.height, t.left : t.left + t.width]) for t in grid]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.tuples(lengths, lengths),
     st.tuples(st.integers(1, 25), st.integers(1, 25)),

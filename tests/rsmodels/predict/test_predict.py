@@ -13,7 +13,7 @@ import pytest
 import rasterio
 import torch
 from affine import Affine
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
@@ -172,7 +172,7 @@ def test_the_tile_size_is_the_models_input(tmp_path: Path, saved: Path, random_s
         predict(scene, model=saved, output=tmp_path / "other.tif", tile=50)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     size=st.tuples(st.integers(1, 90), st.integers(1, 90)),
     tile=st.tuples(st.integers(8, 40), st.integers(8, 40)),
