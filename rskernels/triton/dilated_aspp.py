@@ -8,7 +8,7 @@ is the same kernel with the taps turned round: dilated_aspp_backward.py. Why it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, launch, power_of_2
 
-BRANCHES = 4  # of a launch; more are further launches
 # With a projection the concatenation exists for this many bytes of pixels at a time: it stays in the cache of
 # the chip (40 MB and more), and still fills it with programs.
 SLAB_BYTES = 16 * 2**20
@@ -109,63 +108,30 @@ def finish(
 
 
 @triton.jit
-def _branch(
-    x, w, out, bias, scale, shift, kept, program, tiles, height, width, first_row, rows, x_pixel, inputs,
-    outputs, dilation, column, out_pixel, kept_pixel,
-    TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One branch's patch, if `program` is one of its own; returns the next branch's first program."""
-    blocks = tl.cdiv(outputs, BLOCK_N)
-    if (program >= 0) & (program < tiles * blocks):
-        tile, block = program // blocks, program % blocks
-        total = tl.zeros((PATCH_H * PATCH_W, BLOCK_N), tl.float32)
-        total = add_taps(
-            total, x, w, tile, block, height, width, first_row, rows, x_pixel, inputs, outputs, dilation,
-            TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-        finish(
-            total, out, bias, scale, shift, kept, tile, block, width, rows, outputs, column, out_pixel,
-            kept_pixel, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N,
-        )  # fmt: skip
-    return program - tiles * blocks
-
-
-@triton.jit
 def convolve(
-    x0, x1, x2, x3, w0, w1, w2, w3, out0, out1, out2, out3, bias, scale, shift, kept,
-    tiles, height, width, first_row, rows, x_pixel0, x_pixel1, x_pixel2, x_pixel3,
-    inputs0, inputs1, inputs2, inputs3, outputs0, outputs1, outputs2, outputs3,
-    dilation0, dilation1, dilation2, dilation3, column0, column1, column2, column3,
-    out_pixel0, out_pixel1, out_pixel2, out_pixel3, kept_pixel,
+    maps, weights, outs, bias, scale, shift, kept, tiles, height, width, first_row, rows,
+    map_pixels, inputs, outputs, dilations, columns, out_pixels, kept_pixel,
     COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, PATCH_H: tl.constexpr,
     PATCH_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Up to four branches, written out one by one: of a pointer chosen while running the compiler would not
-    know how it is aligned."""
-    program = _branch(
-        x0, w0, out0, bias, scale, shift, kept, tl.program_id(0), tiles, height, width, first_row, rows,
-        x_pixel0, inputs0, outputs0, dilation0, column0, out_pixel0, kept_pixel,
-        TRANSPOSED, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    if COUNT > 1:
-        program = _branch(
-            x1, w1, out1, bias, scale, shift, kept, program, tiles, height, width, first_row, rows, x_pixel1,
-            inputs1, outputs1, dilation1, column1, out_pixel1, kept_pixel,
-            TRANSPOSED, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-    if COUNT > 2:
-        program = _branch(
-            x2, w2, out2, bias, scale, shift, kept, program, tiles, height, width, first_row, rows, x_pixel2,
-            inputs2, outputs2, dilation2, column2, out_pixel2, kept_pixel,
-            TRANSPOSED, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-    if COUNT > 3:
-        program = _branch(
-            x3, w3, out3, bias, scale, shift, kept, program, tiles, height, width, first_row, rows, x_pixel3,
-            inputs3, outputs3, dilation3, column3, out_pixel3, kept_pixel,
-            TRANSPOSED, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
+    """COUNT branches, each into its own out. The loop is unrolled: of a pointer chosen while running the
+    compiler would not know how it is aligned."""
+    program = tl.program_id(0)
+    for i in tl.static_range(COUNT):
+        blocks = tl.cdiv(outputs[i], BLOCK_N)
+        if (program >= 0) & (program < tiles * blocks):  # it is one of this branch's
+            tile, block = program // blocks, program % blocks
+            total = tl.zeros((PATCH_H * PATCH_W, BLOCK_N), tl.float32)
+            total = add_taps(
+                total, maps[i], weights[i], tile, block, height, width, first_row, rows, map_pixels[i],
+                inputs[i], outputs[i], dilations[i],
+                TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+            )  # fmt: skip
+            finish(
+                total, outs[i], bias, scale, shift, kept, tile, block, width, rows, outputs[i], columns[i],
+                out_pixels[i], kept_pixel, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N,
+            )  # fmt: skip
+        program -= tiles * blocks
 
 
 @dataclass(frozen=True)
@@ -188,6 +154,10 @@ class Region:
     width: int
     first_row: int
     rows: int
+
+    def patches(self, constants: Mapping[str, Any]) -> int:
+        across = cdiv(self.width, constants["PATCH_W"])
+        return self.images * cdiv(self.rows, constants["PATCH_H"]) * across
 
 
 def pixels(x: Tensor) -> Tensor:
@@ -238,10 +208,6 @@ def constants_of(kernel: str, branches: Sequence[Branch], region: Region) -> dic
     return {"COUNT": len(branches), "PATCH_H": height, "PATCH_W": width, "PRECISION": precision, **tuned}
 
 
-def four(values: Sequence[Any], missing: Any = 0) -> tuple[Any, ...]:
-    return (*values, *[missing] * (BRANCHES - len(values)))
-
-
 def run_branches(
     branches: Sequence[Branch],
     region: Region,
@@ -254,25 +220,24 @@ def run_branches(
     kept: Tensor | None = None,
 ) -> None:
     """Each branch into its own out. kept: (pixels, all channels), what enters the activation."""
+    if not branches:
+        return
     # Those with most to do come first, so that the last programs are short.
     branches = sorted(branches, key=lambda branch: -branch.x.shape[1])
-    for i in range(0, len(branches), BRANCHES):
-        some = branches[i : i + BRANCHES]
-        constants = constants_of("convolve", some, region)
-        across = cdiv(region.width, constants["PATCH_W"])
-        tiles = region.images * cdiv(region.rows, constants["PATCH_H"]) * across
-        launch(
-            convolve,
-            (tiles * sum(cdiv(branch.out.shape[1], constants["BLOCK_N"]) for branch in some),),
-            *four([branch.x for branch in some], None), *four([branch.weight for branch in some], None),
-            *four([branch.out for branch in some], None), bias, scale, shift, kept,
-            tiles, region.height, region.width, region.first_row, region.rows,
-            *four([branch.x.stride(0) for branch in some]), *four([branch.x.shape[1] for branch in some]),
-            *four([branch.out.shape[1] for branch in some]), *four([branch.dilation for branch in some]),
-            *four([branch.column for branch in some]), *four([branch.out.stride(0) for branch in some]),
-            0 if kept is None else kept.stride(0),
-            TRANSPOSED=transposed, ACTIVATION=activation, **constants,
-        )  # fmt: skip
+    constants = constants_of("convolve", branches, region)
+    tiles = region.patches(constants)
+    launch(
+        convolve,
+        (tiles * sum(cdiv(branch.out.shape[1], constants["BLOCK_N"]) for branch in branches),),
+        tuple(branch.x for branch in branches), tuple(branch.weight for branch in branches),
+        tuple(branch.out for branch in branches), bias, scale, shift, kept,
+        tiles, region.height, region.width, region.first_row, region.rows,
+        tuple(branch.x.stride(0) for branch in branches), tuple(branch.x.shape[1] for branch in branches),
+        tuple(branch.out.shape[1] for branch in branches), tuple(branch.dilation for branch in branches),
+        tuple(branch.column for branch in branches), tuple(branch.out.stride(0) for branch in branches),
+        0 if kept is None else kept.stride(0),
+        TRANSPOSED=transposed, ACTIVATION=activation, **constants,
+    )  # fmt: skip
 
 
 def forward(

@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from rskernels.triton.dilated_aspp import (
-    BRANCHES,
     EXAMPLES,
     Branch,
     Region,
@@ -26,7 +25,6 @@ from rskernels.triton.dilated_aspp import (
     constants_of,
     example_arguments,
     finish,
-    four,
     packed,
     pixels,
     run_branches,
@@ -41,34 +39,19 @@ WEIGHT_TILES, WEIGHT_PIXELS, WEIGHT_SLICES = 264, 512, 16
 
 @triton.jit
 def convolve_sum(
-    x0, x1, x2, x3, w0, w1, w2, w3, out, tiles, height, width, first_row, rows,
-    x_pixel0, x_pixel1, x_pixel2, x_pixel3, inputs0, inputs1, inputs2, inputs3, outputs,
-    dilation0, dilation1, dilation2, dilation3, out_pixel,
+    maps, weights, out, tiles, height, width, first_row, rows,
+    map_pixels, inputs, outputs, dilations, out_pixel,
     COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sum of up to four branches: what a map that they share gets as gradient."""
+    """The sum of COUNT branches: what a map that they share gets as gradient."""
     blocks = tl.cdiv(outputs, BLOCK_N)
     tile, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     total = tl.zeros((PATCH_H * PATCH_W, BLOCK_N), tl.float32)
-    total = add_taps(
-        total, x0, w0, tile, block, height, width, first_row, rows, x_pixel0, inputs0, outputs, dilation0,
-        TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
-    )  # fmt: skip
-    if COUNT > 1:
+    for i in tl.static_range(COUNT):
         total = add_taps(
-            total, x1, w1, tile, block, height, width, first_row, rows, x_pixel1, inputs1, outputs, dilation1,
-            TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-    if COUNT > 2:
-        total = add_taps(
-            total, x2, w2, tile, block, height, width, first_row, rows, x_pixel2, inputs2, outputs, dilation2,
-            TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
-        )  # fmt: skip
-    if COUNT > 3:
-        total = add_taps(
-            total, x3, w3, tile, block, height, width, first_row, rows, x_pixel3, inputs3, outputs, dilation3,
-            TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+            total, maps[i], weights[i], tile, block, height, width, first_row, rows, map_pixels[i], inputs[i],
+            outputs, dilations[i], TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
     finish(
         total, out, None, None, None, None, tile, block, width, rows, outputs, 0, out_pixel, 0,
@@ -274,24 +257,17 @@ def _map_gradients(
 
 def _sum_branches(branches: list[Branch], region: Region) -> None:
     out = branches[0].out
-    for i in range(0, len(branches), BRANCHES):
-        some = branches[i : i + BRANCHES]
-        constants = constants_of("convolve_sum", some, region)
-        tiles = (
-            region.images * cdiv(region.rows, constants["PATCH_H"]) * cdiv(region.width, constants["PATCH_W"])
-        )
-        into = out if i == 0 else torch.empty_like(out)
-        launch(
-            convolve_sum,
-            (tiles * cdiv(out.shape[1], constants["BLOCK_N"]),),
-            *four([branch.x for branch in some], None), *four([branch.weight for branch in some], None), into,
-            tiles, region.height, region.width, region.first_row, region.rows,
-            *four([branch.x.stride(0) for branch in some]), *four([branch.x.shape[1] for branch in some]),
-            out.shape[1], *four([branch.dilation for branch in some]), out.stride(0),
-            TRANSPOSED=True, **constants,
-        )  # fmt: skip
-        if i > 0:
-            out += into
+    constants = constants_of("convolve_sum", branches, region)
+    tiles = region.patches(constants)
+    launch(
+        convolve_sum,
+        (tiles * cdiv(out.shape[1], constants["BLOCK_N"]),),
+        tuple(branch.x for branch in branches), tuple(branch.weight for branch in branches), out,
+        tiles, region.height, region.width, region.first_row, region.rows,
+        tuple(branch.x.stride(0) for branch in branches), tuple(branch.x.shape[1] for branch in branches),
+        out.shape[1], tuple(branch.dilation for branch in branches), out.stride(0),
+        TRANSPOSED=True, **constants,
+    )  # fmt: skip
 
 
 def _weight_gradient(d_pre: Tensor, x: Tensor, weight: Tensor, dilation: int) -> Tensor:

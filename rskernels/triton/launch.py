@@ -75,7 +75,7 @@ def is_noting() -> bool:
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run `kernel` on the device of its first tensor; an empty grid is no launch.
 
-    arguments: what varies from call to call (tensors, sizes, strides), in the kernel's order.
+    arguments: what varies from call to call (tensors, sizes, strides, tuples of them), in the kernel's order.
     constants: its constexpr arguments, and num_warps and num_stages.
     """
     if 0 in grid:
@@ -83,12 +83,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if _noted is not None:
         _noted.append(Launch(kernel, grid, arguments, constants))
         return
-    lead = next(a for a in arguments if isinstance(a, Tensor))
+    lead = next(a for a in flat(arguments) if isinstance(a, Tensor))
     if lead.is_cuda:
         with torch.cuda.device(lead.device):
             kernel[grid](*arguments, **constants)
     else:
         kernel[grid](*arguments, **constants)
+
+
+def flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
+    """The arguments of a launch, those in tuples too."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from flat(argument)
+        else:
+            yield argument
 
 
 def config(kernel: str, shape_class: str, device: torch.device) -> dict[str, int]:

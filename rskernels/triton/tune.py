@@ -196,7 +196,7 @@ def _differing(variants: Sequence[Sequence[Launch]]) -> list[int] | None:
         return None
 
     def looks(launched: Launch) -> tuple[Any, ...]:
-        plain = [value for value in launched.arguments if not isinstance(value, Tensor)]
+        plain = [value for value in launch.flat(launched.arguments) if not isinstance(value, Tensor)]
         return launched.grid, dict(launched.constants), plain
 
     changed = [
@@ -232,6 +232,8 @@ class _Replay:
         return {key: x.clone() for key, x in self.named.items() if not torch.equal(x, self._filled(key))}
 
     def _moved(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(self._moved, value))
         if not isinstance(value, Tensor):
             return value
         storage = value.untyped_storage()
