@@ -24,6 +24,7 @@ from rskernels.triton.lora_parts import (
     numbers_of,
     rows_of,
     stacked_a,
+    sum_of,
     thin_precision,
 )
 
@@ -48,9 +49,8 @@ def _update_part(
 
 @triton.jit
 def add_update(
-    x, y, xa, a0, a1, b0, b1, rows, inputs, scale, x_row, y_row, xa_row,
-    a0_rank, a0_column, a1_rank, a1_column, b0_column, b0_rank, b1_column, b1_rank,
-    rank0, rank1, column0, column1, width0, width1,
+    x, y, xa, a, b, rows, inputs, scale, x_row, y_row, xa_row,
+    a_ranks, a_columns, b_columns, b_ranks, ranks, columns, widths,
     PARTS: tl.constexpr, RANKS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
     THIN_PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -64,23 +64,18 @@ def add_update(
         has_column = column < inputs
         mask = has_row[:, None] & has_column[None, :]
         x_tile = tl.load(x + row[:, None] * x_row + column[None, :], mask=mask, other=0.0)
-        a_tile = stacked_a(
-            a0, a1, rank, column, has_column, a0_rank, a0_column, a1_rank, a1_column, rank0, rank1, PARTS
-        )
+        a_tile = stacked_a(a, rank, column, has_column, a_ranks, a_columns, ranks, PARTS)
         thin = tl.dot(x_tile, tl.trans(a_tile), thin, input_precision=PRECISION)
     if KEEP:
-        has_rank = rank < rank0 + rank1
+        has_rank = rank < sum_of(ranks, PARTS)
         tl.store(xa + row[:, None] * xa_row + rank[None, :], thin, mask=has_row[:, None] & has_rank[None, :])
     thin *= scale
-    _update_part(
-        y, row, has_row, thin, b0, y_row, b0_column, b0_rank, 0, rank0, column0, width0,
-        BLOCK_N, RANKS, THIN_PRECISION,
-    )  # fmt: skip
-    if PARTS == 2:
-        tl.debug_barrier()  # two pieces of one high rank update the same columns
+    for i in tl.static_range(PARTS):
+        if i > 0:
+            tl.debug_barrier()  # two pieces of one high rank update the same columns
         _update_part(
-            y, row, has_row, thin, b1, y_row, b1_column, b1_rank, rank0, rank1, column1, width1,
-            BLOCK_N, RANKS, THIN_PRECISION,
+            y, row, has_row, thin, b[i], y_row, b_columns[i], b_ranks[i], sum_of(ranks, i), ranks[i],
+            columns[i], widths[i], BLOCK_N, RANKS, THIN_PRECISION,
         )  # fmt: skip
 
 

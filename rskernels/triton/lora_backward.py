@@ -12,9 +12,7 @@ from torch import Tensor
 
 from rskernels.triton.launch import cdiv, dot_precision, launch
 from rskernels.triton.lora_parts import (
-    PARTS,
     Part,
-    both,
     constants_of,
     factor,
     factors_of,
@@ -22,6 +20,7 @@ from rskernels.triton.lora_parts import (
     numbers_of,
     rows_of,
     stacked_a,
+    sum_of,
     thin_precision,
 )
 
@@ -48,9 +47,8 @@ def _project_part(
 
 @triton.jit
 def add_gradient(
-    grad, dx, g, a0, a1, b0, b1, rows, inputs, scale, grad_row, dx_row,
-    a0_rank, a0_column, a1_rank, a1_column, b0_column, b0_rank, b1_column, b1_rank,
-    rank0, rank1, column0, column1, width0, width1,
+    grad, dx, g, a, b, rows, inputs, scale, grad_row, dx_row,
+    a_ranks, a_columns, b_columns, b_ranks, ranks, columns, widths,
     PARTS: tl.constexpr, RANKS: tl.constexpr, WANTS_G: tl.constexpr, WANTS_DX: tl.constexpr,
     PRECISION: tl.constexpr, THIN_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -60,27 +58,21 @@ def add_gradient(
     has_row = row < rows
     rank = tl.arange(0, RANKS)
     thin = tl.zeros((BLOCK_M, RANKS), tl.float32)
-    thin = _project_part(
-        thin, grad, row, has_row, b0, grad_row, b0_column, b0_rank, 0, rank0, column0, width0,
-        BLOCK_K, RANKS, PRECISION,
-    )  # fmt: skip
-    if PARTS == 2:
+    for i in tl.static_range(PARTS):
         thin = _project_part(
-            thin, grad, row, has_row, b1, grad_row, b1_column, b1_rank, rank0, rank1, column1, width1,
-            BLOCK_K, RANKS, PRECISION,
+            thin, grad, row, has_row, b[i], grad_row, b_columns[i], b_ranks[i], sum_of(ranks, i), ranks[i],
+            columns[i], widths[i], BLOCK_K, RANKS, PRECISION,
         )  # fmt: skip
     thin *= scale
     if WANTS_G:
-        ranks = rank0 + rank1
-        has_rank = rank < ranks
-        tl.store(g + row[:, None] * ranks + rank[None, :], thin, mask=has_row[:, None] & has_rank[None, :])
+        all_ranks = sum_of(ranks, PARTS)
+        g_at = g + row[:, None] * all_ranks + rank[None, :]
+        tl.store(g_at, thin, mask=has_row[:, None] & (rank < all_ranks)[None, :])
     if WANTS_DX:
         for start in range(0, inputs, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             has_column = column < inputs
-            a_tile = stacked_a(
-                a0, a1, rank, column, has_column, a0_rank, a0_column, a1_rank, a1_column, rank0, rank1, PARTS
-            ).to(tl.float32)
+            a_tile = stacked_a(a, rank, column, has_column, a_ranks, a_columns, ranks, PARTS).to(tl.float32)
             at = dx + row[:, None] * dx_row + column[None, :]
             mask = has_row[:, None] & has_column[None, :]
             old = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -112,8 +104,8 @@ def _sum_slice(
 
 @triton.jit
 def sum_factor_gradients(
-    x, grad, g, xa, partial, rows, slice_rows, ranks, x_blocks, blocks0, a_columns, column0, column1,
-    width0, width1, x_row, grad_row, xa_row, partial_row,
+    x, grad, g, xa, partial, rows, slice_rows, ranks, x_blocks, a_columns, x_row, grad_row, xa_row,
+    partial_row, blocks, columns, widths,
     PARTS: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -128,62 +120,54 @@ def sum_factor_gradients(
             g, x, partial, block, first_row, last_row, ranks, ranks, x_row, a_columns, partial_row,
             RANKS, PRECISION, BLOCK_K, BLOCK_N,
         )  # fmt: skip
-    elif block < x_blocks + blocks0:
-        _sum_slice(
-            xa, grad + column0, partial + a_columns, block - x_blocks, first_row, last_row, ranks, xa_row,
-            grad_row, width0, partial_row, RANKS, PRECISION, BLOCK_K, BLOCK_N,
-        )  # fmt: skip
-    else:
-        if PARTS == 2:
+    block -= x_blocks
+    for i in tl.static_range(PARTS):
+        if (block >= 0) & (block < blocks[i]):
             _sum_slice(
-                xa, grad + column1, partial + a_columns + width0, block - x_blocks - blocks0, first_row,
-                last_row, ranks, xa_row, grad_row, width1, partial_row, RANKS, PRECISION, BLOCK_K, BLOCK_N,
+                xa, grad + columns[i], partial + a_columns + sum_of(widths, i), block, first_row, last_row,
+                ranks, xa_row, grad_row, widths[i], partial_row, RANKS, PRECISION, BLOCK_K, BLOCK_N,
             )  # fmt: skip
+        block -= blocks[i]
 
 
 @triton.jit
 def _store_part(
-    da, db, total, rank, column, first_rank, ranks, a_columns, first_column, width, scale, da_row, db_row,
+    da, db, both, rank, column, first_rank, ranks, a_columns, first_column, width, scale, db_row,
     WANTS_A: tl.constexpr, WANTS_B: tl.constexpr,
 ):  # fmt: skip
     """One part's dA and dB out of the sum of both."""
     own = (rank >= first_rank) & (rank < first_rank + ranks)
     rank -= first_rank
     if WANTS_A:
-        at = da + rank[:, None] * da_row + column[None, :]
-        tl.store(at, total.to(da.dtype.element_ty), mask=own[:, None] & (column < a_columns)[None, :])
+        at = da + rank[:, None] * a_columns + column[None, :]
+        tl.store(at, both.to(da.dtype.element_ty), mask=own[:, None] & (column < a_columns)[None, :])
     if WANTS_B:
         column -= first_column
         inside = (column >= 0) & (column < width)
         at = db + rank[:, None] + column[None, :] * db_row
-        tl.store(at, (scale * total).to(db.dtype.element_ty), mask=own[:, None] & inside[None, :])
+        tl.store(at, (scale * both).to(db.dtype.element_ty), mask=own[:, None] & inside[None, :])
 
 
 @triton.jit
 def add_slices(
-    partial, da0, da1, db0, db1, slices, a_columns, width0, width1, rank0, rank1, scale,
-    da0_row, da1_row, db0_row, db1_row,
+    partial, da, db, slices, a_columns, scale, widths, ranks, db_rows,
     PARTS: tl.constexpr, RANKS: tl.constexpr, WANTS_A: tl.constexpr, WANTS_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Add the slices in order, and give every gradient its share; dB is scaled and transposed."""
     rank = tl.arange(0, RANKS)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    ranks, columns = rank0 + rank1, a_columns + width0 + width1
-    mask = (rank < ranks)[:, None] & (column < columns)[None, :]
+    all_ranks, columns = sum_of(ranks, PARTS), a_columns + sum_of(widths, PARTS)
+    mask = (rank < all_ranks)[:, None] & (column < columns)[None, :]
     at = partial + rank[:, None] * columns + column[None, :]
-    total = tl.zeros((RANKS, BLOCK_N), tl.float32)
+    both = tl.zeros((RANKS, BLOCK_N), tl.float32)
     for _ in range(slices):
-        total += tl.load(at, mask=mask, other=0.0)
-        at += ranks * columns
-    _store_part(
-        da0, db0, total, rank, column, 0, rank0, a_columns, a_columns, width0, scale, da0_row, db0_row,
-        WANTS_A, WANTS_B,
-    )  # fmt: skip
-    if PARTS == 2:
+        both += tl.load(at, mask=mask, other=0.0)
+        at += all_ranks * columns
+    for i in tl.static_range(PARTS):
         _store_part(
-            da1, db1, total, rank, column, rank0, rank1, a_columns, a_columns + width0, width1, scale,
-            da1_row, db1_row, WANTS_A, WANTS_B,
+            da[i], db[i], both, rank, column, sum_of(ranks, i), ranks[i], a_columns,
+            a_columns + sum_of(widths, i), widths[i], scale, db_rows[i], WANTS_A, WANTS_B,
         )  # fmt: skip
 
 
@@ -235,19 +219,18 @@ def _factor_gradients(
     wants_a, wants_b = da[0].dim() == 2, db[0].dim() == 2
     rows, ranks = len(x), sum(part.rank for part in parts)
     a_columns = x.shape[1] if wants_a else 0
-    widths = [part.width if wants_b else 0 for part in parts] + [0] * (PARTS - len(parts))
+    widths = tuple(part.width if wants_b else 0 for part in parts)
     columns = a_columns + sum(widths)
     slices = max(1, min(MAX_SLICES, cdiv(rows, SLICE_ROWS)))
     partial = x.new_empty((slices, ranks, columns), dtype=torch.float32)
     constants = constants_of("sum_factor_gradients", parts, x)
-    blocks = [cdiv(width, constants["BLOCK_N"]) for width in (a_columns, *widths)]
-    xa_row = xa.shape[-1]
+    x_blocks, *blocks = (cdiv(width, constants["BLOCK_N"]) for width in (a_columns, *widths))
     launch(
         sum_factor_gradients,
-        (sum(blocks), slices),
-        x, grad, g, xa.view(-1)[parts[0].first :], partial,
-        rows, cdiv(rows, slices), ranks, blocks[0], blocks[1], a_columns,
-        *both(parts, lambda part: (part.column,), 0), *widths, x.stride(0), grad.stride(0), xa_row, columns,
+        (x_blocks + sum(blocks), slices),
+        x, grad, g, xa.view(-1)[parts[0].first :], partial, rows, cdiv(rows, slices), ranks, x_blocks,
+        a_columns, x.stride(0), grad.stride(0), xa.shape[-1], columns,
+        tuple(blocks), tuple(part.column for part in parts), widths,
         PRECISION=thin_precision(x.dtype), **constants,
     )  # fmt: skip
     constants = constants_of("add_slices", parts, x)
@@ -255,10 +238,9 @@ def _factor_gradients(
         add_slices,
         (cdiv(columns, constants["BLOCK_N"]),),
         partial,
-        *both(parts, lambda part: (da[part.index][part.piece] if wants_a else None,), None),
-        *both(parts, lambda part: (db[part.index][:, part.piece] if wants_b else None,), None),
-        slices, a_columns, *widths, *both(parts, lambda part: (part.rank,), 0), scale,
-        *both(parts, lambda part: (x.shape[1],), 0),
-        *both(parts, lambda part: (db[part.index].shape[-1],), 0),
+        tuple(da[part.index][part.piece] if wants_a else None for part in parts),
+        tuple(db[part.index][:, part.piece] if wants_b else None for part in parts),
+        slices, a_columns, scale, widths, tuple(part.rank for part in parts),
+        tuple(db[part.index].shape[-1] for part in parts),
         WANTS_A=wants_a, WANTS_B=wants_b, **constants,
     )  # fmt: skip

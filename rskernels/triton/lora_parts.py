@@ -5,7 +5,7 @@ Shapes and names as in rskernels.triton.lora.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +29,21 @@ def factor(f, rank, other, has_other, rank_stride, other_stride, first, count):
 
 
 @triton.jit
-def stacked_a(
-    a0, a1, rank, column, has_column, a0_rank, a0_column, a1_rank, a1_column, rank0, rank1,
-    PARTS: tl.constexpr,
-):  # fmt: skip
-    """(R, len(column)): the A of both parts, one under the other."""
-    tile = factor(a0, rank, column, has_column, a0_rank, a0_column, 0, rank0)
-    if PARTS == 2:
-        tile += factor(a1, rank, column, has_column, a1_rank, a1_column, rank0, rank1)
+def sum_of(numbers, COUNT: tl.constexpr):
+    """The sum of the first COUNT of a tuple."""
+    result = 0
+    for i in tl.static_range(COUNT):
+        result += numbers[i]
+    return result
+
+
+@triton.jit
+def stacked_a(a, rank, column, has_column, a_ranks, a_columns, ranks, PARTS: tl.constexpr):
+    """(R, len(column)): the A of all parts, one under the other."""
+    tile = factor(a[0], rank, column, has_column, a_ranks[0], a_columns[0], 0, ranks[0])
+    for i in tl.static_range(1, PARTS):
+        first = sum_of(ranks, i)
+        tile += factor(a[i], rank, column, has_column, a_ranks[i], a_columns[i], first, ranks[i])
     return tile
 
 
@@ -73,25 +80,22 @@ def launches_of(a: list[Tensor], b: list[Tensor], columns: list[int]) -> Iterato
         yield parts[i : i + PARTS]
 
 
-def both(parts: list[Part], values: Callable[[Part], tuple[Any, ...]], missing: Any) -> tuple[Any, ...]:
-    """`values` of the first part and of the second, `missing` where there is none."""
-    first = values(parts[0])
-    return first + (values(parts[1]) if len(parts) == PARTS else (missing,) * len(first))
+def factors_of(parts: list[Part]) -> tuple[tuple[Tensor, ...], ...]:
+    """A and B of every part."""
+    return tuple(part.a for part in parts), tuple(part.b for part in parts)
 
 
-def numbers_of(parts: list[Part]) -> tuple[int, ...]:
-    """Strides of the factors, ranks, columns and widths, in the order of the kernels."""
+def numbers_of(parts: list[Part]) -> tuple[tuple[int, ...], ...]:
+    """Of every part: strides of A and of B, rank, first column and width, in the order of the kernels."""
     return (
-        *both(parts, lambda part: part.a.stride(), 0),
-        *both(parts, lambda part: part.b.stride(), 0),
-        *both(parts, lambda part: (part.rank,), 0),
-        *both(parts, lambda part: (part.column,), 0),
-        *both(parts, lambda part: (part.width,), 0),
+        tuple(part.a.stride(0) for part in parts),
+        tuple(part.a.stride(1) for part in parts),
+        tuple(part.b.stride(0) for part in parts),
+        tuple(part.b.stride(1) for part in parts),
+        tuple(part.rank for part in parts),
+        tuple(part.column for part in parts),
+        tuple(part.width for part in parts),
     )
-
-
-def factors_of(parts: list[Part]) -> tuple[Tensor | None, ...]:
-    return both(parts, lambda part: (part.a,), None) + both(parts, lambda part: (part.b,), None)
 
 
 def constants_of(kernel: str, parts: list[Part], like: Tensor) -> dict[str, Any]:
