@@ -56,22 +56,22 @@ def on_gpu() -> bool:
 
 @contextmanager
 def on(where: str | torch.device) -> Iterator[None]:
-    """Measure on device `where` meanwhile. On a GPU, kernels that "auto" leaves alone until a device passed
-    serve like all others: they are what is asked about; and cuDNN may try its algorithms, but not round
-    float32 to TF32, as ours do not."""
+    """Measure on device `where` meanwhile. On a GPU the Triton kernels serve wherever they can, which "auto"
+    leaves alone until a device passed: they are what is asked about. cuDNN may try its algorithms, but not
+    round float32 to TF32, as ours do not."""
     global _device
     cudnn = torch.backends.cudnn
-    before, on_request = _device, dict(dispatch.ON_REQUEST)
+    before, backend = _device, rskernels.get_backend()
     algorithms, tf32 = cudnn.benchmark, cudnn.allow_tf32
     _device = torch.device(where)
     if on_gpu():
-        dispatch.ON_REQUEST.clear()
+        rskernels.set_backend("auto+triton")
         cudnn.benchmark, cudnn.allow_tf32 = True, False
     try:
         yield
     finally:
         _device, cudnn.benchmark, cudnn.allow_tf32 = before, algorithms, tf32
-        dispatch.ON_REQUEST.update(on_request)
+        rskernels.set_backend(backend)
 
 
 def dtypes() -> tuple[torch.dtype, ...]:

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-BACKENDS = ("auto", "reference", "cpp", "triton", "cuda", "xformers", "sdpa")
+# "auto+NAME": NAME where it can serve, the best that there is elsewhere.
+AUTO = ("auto", "auto+triton", "auto+xformers", "auto+sdpa")
+BACKENDS = (*AUTO, "reference", "cpp", "triton", "cuda", "xformers", "sdpa")
 
 _Rows = dict[str, dict[torch.dtype, tuple[str, ...]]]
 _CPP: _Rows = {"cpu": {torch.float32: ("cpp",), torch.bfloat16: ("cpp",)}}
@@ -163,8 +165,9 @@ def check_requested() -> None:
 
 
 def set_backend(name: str) -> None:
-    """Serve operators by `name` from now on: "auto" takes the best there is and falls back to the reference;
-    any other name raises ValueError at the call that it cannot serve."""
+    """Serve operators by `name` from now on: "auto" takes the best there is and falls back to the reference,
+    "auto+triton" (or xformers, sdpa) takes that one first wherever it can serve; any other name raises
+    ValueError at the call that it cannot serve."""
     global _requested
     _requested = _checked(name, "set_backend")
 
@@ -172,6 +175,16 @@ def set_backend(name: str) -> None:
 def get_backend() -> str:
     """The name that set_backend, backend(...) or RSKERNELS_BACKEND chose; "auto" unless one did."""
     return _requested
+
+
+def falls_back() -> bool:
+    """Does a call that the backend in use cannot serve go to another?"""
+    return _requested in AUTO
+
+
+def wanted() -> str:
+    """The backend that was asked for by name, alone or beside "auto"; "auto" where none was."""
+    return _requested.removeprefix("auto+")
 
 
 @contextmanager
@@ -199,7 +212,7 @@ def choose(op: str, *tensors: Tensor | None, without: Mapping[str, str] | None =
         return "reference"
     if forward_ad._current_level >= 0:
         # A registered operator has no forward-mode formula, and PyTorch would drop the tangent in silence.
-        if _requested == "auto":
+        if falls_back():
             return "reference"
         raise ValueError(
             f"backend {_requested!r} cannot serve {op} in forward-mode differentiation; "
@@ -207,16 +220,12 @@ def choose(op: str, *tensors: Tensor | None, without: Mapping[str, str] | None =
         )
     device, dtype = _common(tensors)
     candidates = TABLE[op].get(device, {}).get(dtype, ()) if dtype is not None else ()
-    if _requested == "auto":
-        for name in candidates:
-            if name in UNAVAILABLE or op in ON_REQUEST.get(name, ()):
-                continue
-            if without is None or name not in without:
-                return name
-        return "reference"
-    ruled_out = _requested in UNAVAILABLE or (without is not None and _requested in without)
-    if _requested in candidates and not ruled_out:
-        return _requested
+    usable = [n for n in candidates if n not in UNAVAILABLE and (without is None or n not in without)]
+    name = wanted()
+    if name in usable:
+        return name
+    if falls_back():
+        return next((n for n in usable if op not in ON_REQUEST.get(n, ())), "reference")
     check_requested()
     raise ValueError(_refusal(op, device, dtype, without))
 

@@ -27,7 +27,9 @@ def explain() -> str:
 
 def _versions() -> list[str]:
     backend = dispatch.get_backend()
-    meaning = "takes the best that is there" if backend == "auto" else "chosen by name"
+    meaning = "takes the best that is there" if dispatch.falls_back() else "chosen by name"
+    if dispatch.wanted() not in ("auto", backend):
+        meaning = f"takes {dispatch.wanted()} where it can serve, else the best that is there"
     if backend not in dispatch.BACKENDS:
         meaning = f"unknown, expected one of {', '.join(dispatch.BACKENDS)}"
     return [
@@ -75,21 +77,22 @@ def _table() -> list[str]:
     for name, ops in dispatch.ON_REQUEST.items():
         if name not in dispatch.UNAVAILABLE:
             lines.append(f"by name only: {name}, for {', '.join(op for op in dispatch.TABLE if op in ops)}")
-    if dispatch.get_backend() not in ("auto", "reference"):
+    if not dispatch.falls_back() and dispatch.get_backend() != "reference":
         lines.append(f"error: the call raises, as backend {dispatch.get_backend()!r} was asked for by name")
     return lines
 
 
 def _served_by(op: str, device: str, dtype: torch.dtype) -> str:
-    backend = dispatch.get_backend()
-    if backend == "reference":
-        return "reference"
+    name = dispatch.wanted()
+    if name == "reference":
+        return name
     names = dispatch.TABLE[op].get(device, {}).get(dtype, ())
-    usable = [name for name in names if name not in dispatch.UNAVAILABLE]
-    if backend == "auto":
-        usable = [name for name in usable if op not in dispatch.ON_REQUEST.get(name, ())]
-        return usable[0] if usable else "reference"
-    return backend if backend in usable else "error"
+    usable = [n for n in names if n not in dispatch.UNAVAILABLE]
+    if name in usable:
+        return name
+    if dispatch.falls_back():
+        return next((n for n in usable if op not in dispatch.ON_REQUEST.get(n, ())), "reference")
+    return "error"
 
 
 def _missing() -> list[str]:

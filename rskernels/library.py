@@ -40,7 +40,7 @@ def define(schema: str, *, reference: Callable[..., Any], fake: Callable[..., An
         if not takes_triton(tensors):
             return without_autocast(*args, **kwargs)
         if problem := dispatch.device_problem(tensors[0].device):
-            if dispatch.get_backend() == "auto":
+            if dispatch.falls_back():
                 return without_autocast(*args, **kwargs)
             raise ValueError(f"backend 'triton' cannot serve {name}: {problem}; use set_backend('auto')")
         module, function = triton.split(".")

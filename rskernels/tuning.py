@@ -166,7 +166,7 @@ def describe() -> list[str]:
     taken = sorted({key.rsplit("/", 2)[0] for key, product in _table.items() if product == "onednn"})
     source = f"{_source} ({_cause})" if _cause else _source
     direct = [dtype for dtype in DTYPES if serves_small(dtype) == "aten"]
-    if dispatch.get_backend() != "auto":
+    if not dispatch.falls_back():
         direct = []  # what was chosen by name serves every call
     return [
         f"linear's products: {source}; through oneDNN for {', '.join(taken) if taken else 'nothing'}",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from rskernels.dispatch import UNAVAILABLE, get_backend
+from rskernels.dispatch import UNAVAILABLE, wanted
 
 ALIGNMENT = 16  # bytes
 
@@ -18,7 +18,7 @@ ALIGNMENT = 16  # bytes
 def ruled_out(q: Tensor, head_dim: int) -> dict[str, str] | None:
     """What keeps xFormers from heads of `head_dim` channels in the dtype of q, for dispatch.choose; looked at
     only where xFormers was asked for."""
-    if get_backend() != "xformers" or "xformers" in UNAVAILABLE:
+    if wanted() != "xformers" or "xformers" in UNAVAILABLE:
         return None
     multiple = ALIGNMENT // q.element_size()
     if head_dim % multiple:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import rskernels
 from benchmarks import (
     SUITES,
     attention_peers,
@@ -20,7 +21,6 @@ from benchmarks import (
     report,
 )
 from benchmarks.measure import Case, first_calls
-from rskernels import dispatch
 
 # What cannot be here: kernels for CUDA, and packages that nobody installs for a CPU.
 ABSENT = (
@@ -131,12 +131,13 @@ def test_a_gpus_clock_is_between_its_events(as_on_gpu, monkeypatch):
 
 
 def test_on_a_gpu_kernels_serve_that_are_on_request_elsewhere():
-    before = dict(dispatch.ON_REQUEST)
     with pytest.raises(KeyboardInterrupt), measure.on("cuda"):
-        assert measure.on_gpu() and dispatch.ON_REQUEST == {} and torch.backends.cudnn.benchmark
+        assert measure.on_gpu() and torch.backends.cudnn.benchmark
+        assert rskernels.get_backend() == "auto+triton"
         assert torch.float16 in measure.dtypes() and measure.batches() > 1
         raise KeyboardInterrupt
-    assert before == dispatch.ON_REQUEST and not measure.on_gpu() and measure.device().type == "cpu"
+    assert rskernels.get_backend() == "auto"
+    assert not measure.on_gpu() and measure.device().type == "cpu"
 
 
 def test_cases_on_a_gpu_have_names_of_their_own():

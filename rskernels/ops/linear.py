@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rskernels import tuning
-from rskernels.dispatch import choose, get_backend
+from rskernels.dispatch import choose, falls_back
 from rskernels.library import (
     cast_to_compute_dtype,
     check_tensors,
@@ -65,7 +65,7 @@ def _too_small_to_gain(x: Tensor, weight: Tensor) -> bool:
     not be specialised to sizes."""
     return (
         not torch.compiler.is_compiling()
-        and get_backend() == "auto"
+        and falls_back()
         and x.numel() * weight.shape[0] < tuning.SMALL_WORK
         and tuning.serves_small(str(x.dtype).removeprefix("torch.")) == "aten"
     )

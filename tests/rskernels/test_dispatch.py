@@ -53,13 +53,13 @@ def test_the_table_has_every_public_operator():
         for names in dtypes.values()
         for n in names
     }
-    assert listed <= set(dispatch.BACKENDS) - {"auto", "reference"}
+    assert listed <= set(dispatch.BACKENDS) - {*dispatch.AUTO, "reference"}
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64))
 @pytest.mark.parametrize(("op", "name"), list(itertools.product(sorted(PUBLIC), dispatch.BACKENDS)))
 def test_a_named_backend_serves_or_says_why_not(op, name, dtype):
-    serves = name in ("auto", "reference") or (
+    serves = name in (*dispatch.AUTO, "reference") or (
         name not in dispatch.UNAVAILABLE and name in dispatch.TABLE[op].get("cpu", {}).get(dtype, ())
     )
     with rskernels.backend(name):
@@ -81,7 +81,7 @@ def test_set_backend_and_context_manager():
         raise RuntimeError("on purpose")
     assert rskernels.get_backend() == "reference"
     with pytest.raises(
-        ValueError, match=r"set_backend: unknown backend 'fast'; expected one of auto, reference"
+        ValueError, match=r"set_backend: unknown backend 'fast'; expected one of auto, auto\+triton, "
     ):
         rskernels.set_backend("fast")
     assert rskernels.get_backend() == "reference"
@@ -101,6 +101,24 @@ def test_choose(extension):
             ValueError, match="cannot serve linear for mixed dtypes on cpu: it serves linear for"
         ):
             dispatch.choose("linear", x, x.bfloat16())
+
+
+def test_auto_with_another_takes_that_first(extension, monkeypatch):
+    x, gpu = torch.zeros(2), torch.zeros(2, device="meta")
+    monkeypatch.delitem(dispatch.UNAVAILABLE, "triton", raising=False)
+    monkeypatch.setitem(dispatch.TABLE["linear"], "meta", {torch.float32: ()})
+    for op in ("lora_qkv", "rel_pos_attention"):
+        monkeypatch.setitem(dispatch.TABLE[op], "meta", dispatch.TABLE[op]["cuda"])
+    with rskernels.backend("auto+sdpa"):
+        assert dispatch.choose("rel_pos_attention", x) == "sdpa"
+        assert dispatch.choose("rel_pos_attention", x, without={"sdpa": "too wide"}) == "cpp"
+        assert dispatch.choose("linear", x) == "cpp"
+    with rskernels.backend("auto+triton"):
+        assert dispatch.choose("lora_qkv", gpu) == "triton"
+        assert dispatch.choose("linear", gpu) == "reference"
+        # Not SDPA, which is there to compare with.
+        assert dispatch.choose("rel_pos_attention", gpu, without={"triton": "too wide"}) == "reference"
+    assert dispatch.choose("lora_qkv", gpu) == "reference"
 
 
 def test_another_thread_sees_the_same_backend():
@@ -171,7 +189,7 @@ def test_explain_says_what_a_backend_really_serves(name, capsys):
                         dispatch.choose(op, x)
                 else:
                     assert dispatch.choose(op, x) == served
-        assert ("error: the call raises" in text) == (name not in ("auto", "reference"))
+        assert ("error: the call raises" in text) == (name not in (*dispatch.AUTO, "reference"))
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
