@@ -18,9 +18,8 @@ def main() -> int:
         help="measure which matrix product linear should use, and, on a GPU, the Triton kernels' tiles",
     )
     tuner.add_argument("--operators", nargs="+", metavar="NAME", help="of the Triton kernels (default: all)")
-    tuner.add_argument(
-        "--seconds", type=float, default=float("inf"), help="begin no Triton kernel after that long"
-    )
+    tuner.add_argument("--seconds", type=float, help="begin no Triton kernel after that long")
+    tuner.add_argument("--again", action="store_true", help="also Triton kernels that were measured before")
     tuner.add_argument(
         "--write-package",
         action="store_true",
@@ -41,13 +40,19 @@ def main() -> int:
 
 def _tune(options: argparse.Namespace) -> None:
     on_gpu = "triton" not in dispatch.UNAVAILABLE
-    if options.write_package and not on_gpu:
-        raise ValueError(f"tune --write-package: {dispatch.UNAVAILABLE['triton']}")
-    if not on_gpu or "cpp" not in dispatch.UNAVAILABLE:
+    for name in ("operators", "seconds", "again", "write_package"):
+        if getattr(options, name) and not on_gpu:
+            raise ValueError(f"tune --{name.replace('_', '-')}: {dispatch.UNAVAILABLE['triton']}")
+    if options.seconds is not None and not options.seconds > 0:
+        raise ValueError(f"tune --seconds {options.seconds:g}: expected a number above 0")
+    if not on_gpu:
         tune()
-    if on_gpu:
-        triton = importlib.import_module("rskernels.triton.tune")  # an import of Triton, which a CPU may lack
-        triton.main(options.operators, options.seconds, options.write_package)
+        return
+    triton = importlib.import_module("rskernels.triton.tune")  # an import of Triton, which a CPU may lack
+    operators = triton.modules_of(options.operators)
+    if "cpp" not in dispatch.UNAVAILABLE:
+        tune()
+    triton.main(operators, options.seconds or float("inf"), options.again, options.write_package)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from rskernels.triton.launch import CHIPS, Launch, noting
 
@@ -49,7 +50,7 @@ OPERATORS: tuple[str, ...] = (
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes a block may have; the compiler does not check
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 DTYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1", torch.uint8: "u8",
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "u1", torch.uint8: "u8",
     torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 
@@ -91,6 +92,45 @@ class Compiled:
         return self.spills == 0 and self.shared <= SHARED_LIMIT[self.chip]
 
 
+class NoDriver:
+    """As much of Triton's driver as its compiler takes, for a chip that this process does not call."""
+
+    def __init__(self, chip: int) -> None:
+        self.target = GPUTarget("cuda", chip, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+_noted: list[Launch] = []  # cannot be pickled: forked processes find them here
+
+
+def _warm(numbers: Sequence[int], chip: int) -> None:
+    driver.set_active(NoDriver(chip))
+    for number in numbers:
+        one = _noted[number]
+        with contextlib.suppress(Exception):  # the first call meets it again, where the reason is told
+            one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants)
+
+
+def warm(launches: Sequence[Launch], chip: int, jobs: int) -> None:
+    """Compile what `launches` would into Triton's cache, on `jobs` processes: first calls then load it."""
+    _noted[:] = launches
+    context = multiprocessing.get_context("fork")  # none of them calls CUDA
+    shares = [range(first, len(launches), jobs) for first in range(min(jobs, len(launches)))]
+    processes = [context.Process(target=_warm, args=(share, chip)) for share in shares]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
 @functools.cache
 def source_of(kernel: Any) -> str:
     """The text of a kernel, of the functions that it calls and of the constants they use: unlike Triton's
@@ -119,30 +159,36 @@ def builds(operator: str, chip: int, most: int | None = None) -> Iterator[Build]
     for name, call in itertools.islice(examples, most):
         with noting(chip) as launches:
             call()
-        for launch in launches:
-            arguments = _specialise(launch)
-            key = (launch.kernel.fn.__name__, repr(arguments))
+        for key, launch in distinct(launches).items():
             if key not in seen:
                 seen.add(key)
-                yield Build(operator, name, chip, launch.kernel, *arguments)
+                yield Build(operator, name, chip, launch.kernel, *_specialise(launch))
+
+
+def distinct(launches: Iterable[Launch]) -> dict[str, Launch]:
+    """The first launch of every machine code, by what tells them apart."""
+    found: dict[str, Launch] = {}
+    for launch in launches:
+        found.setdefault(f"{launch.kernel.fn.__name__} {_specialise(launch)}", launch)
+    return found
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any], dict[str, Any]]:
-    """Signature, constants, attributes and options."""
+    """Signature, constants, attributes and options, as Triton's own first call has them."""
     names = launch.kernel.arg_names
     options = {name: value for name, value in launch.constants.items() if name in OPTIONS}
     constants: dict[Any, Any] = {n: v for n, v in launch.constants.items() if n not in OPTIONS}
-    signature: dict[str, Any] = dict.fromkeys(constants, "constexpr")
+    signature: dict[str, Any] = {}
     attributes: dict[Any, Any] = {}
 
     def specialise(path: tuple[int, ...], value: Any, free: bool) -> Any:
         if isinstance(value, tuple):  # whose items Triton always specialises
             return tuple(specialise((*path, i), item, False) for i, item in enumerate(value))
+        if isinstance(value, float):
+            return "fp32"
         if value is None or (type(value) is int and value == 1 and not free):
             constants[names[path[0]] if len(path) == 1 else path] = value
             return "constexpr"
-        if isinstance(value, float):
-            return "fp32"
         if not isinstance(value, Tensor) and type(value) is not int:
             raise TypeError(
                 f"{launch.kernel.fn.__name__}: argument {names[path[0]]} is {type(value).__name__}"
@@ -153,13 +199,15 @@ def _specialise(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[An
             return f"*{DTYPES[value.dtype]}"
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
-    for index, value in enumerate(launch.arguments):
-        free = launch.kernel.params[index].do_not_specialize
-        signature[names[index]] = specialise((index,), value, free)
-    missing = set(names) - set(signature)
-    if missing:
-        raise TypeError(f"{launch.kernel.fn.__name__}: launched without {', '.join(sorted(missing))}")
-    return {name: signature[name] for name in names}, constants, attributes, options
+    for index, name in enumerate(names):
+        if index < len(launch.arguments):
+            free = launch.kernel.params[index].do_not_specialize
+            signature[name] = specialise((index,), launch.arguments[index], free)
+        elif name in constants:
+            signature[name] = "constexpr"
+        else:
+            raise TypeError(f"{launch.kernel.fn.__name__}: launched without {name}")
+    return signature, constants, attributes, options
 
 
 def compile_build(build: Build) -> Compiled:
@@ -239,6 +287,8 @@ def main(argv: list[str] | None = None) -> int:
     where.add_argument("--output", type=Path, help="JSON file for the table; what it has stays")
     where.add_argument("--check", type=Path, help="compile nothing: does this table have every build?")
     options = parser.parse_args(argv)
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: expected 1 or more")
     if triton.knobs.runtime.interpret:
         print("rskernels.triton.aot: TRITON_INTERPRET is set; unset it to compile", file=sys.stderr)
         return 2

@@ -8,10 +8,11 @@ constants of a kernel: this machine's where `python -m rskernels tune` measured 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from rskernels import __version__, tuning
 
@@ -43,6 +45,7 @@ _noted: list[Launch] | None = None
 _chip: int | None = None
 _tried: Mapping[tuple[str, str], Mapping[str, int]] = {}
 _asked: set[tuple[str, str]] | None = None
+_meaningful: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
 
 
 @contextmanager
@@ -89,6 +92,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
             kernel[grid](*arguments, **constants)
     else:
         kernel[grid](*arguments, **constants)
+
+
+def meaningful(x: Tensor) -> Tensor:
+    """x, whose numbers the tuner keeps: in an example where any others would be a call that nobody makes."""
+    _meaningful[x] = True
+    return x
+
+
+def is_meaningful(x: Tensor) -> bool:
+    return x in _meaningful
 
 
 def flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
@@ -175,7 +188,7 @@ def _read_tuned(capability: int) -> Configs:
 def checked(saved: Any, capability: int) -> Configs:
     """The configurations of a file that the tuner wrote; ValueError where it is not one of this version for
     `capability`, or has another kernel or constants than the package."""
-    expected = {"version": __version__, "capability": capability}
+    expected = {"version": __version__, "capability": capability, "triton": triton_version()}
     if not isinstance(saved, Mapping):
         raise ValueError("not a table of configurations")
     for name, value in expected.items():
@@ -193,9 +206,21 @@ def checked(saved: Any, capability: int) -> Configs:
             if not isinstance(constants, Mapping) or set(constants) != names:
                 raise ValueError(f"{where}: expected the constants {', '.join(sorted(names))}")
             for name, value in constants.items():
-                if type(value) is not int or value < 0:
-                    raise ValueError(f"{where}: {name} is {value!r}, expected an integer from 0 on")
+                if type(value) is not int or not _possible(name, value):
+                    raise ValueError(f"{where}: {name} is {value!r}, which is no such constant")
     return {kernel: {name: dict(row) for name, row in classes.items()} for kernel, classes in rows.items()}
+
+
+def _possible(name: str, value: int) -> bool:
+    if name.startswith("BLOCK") or name == "num_warps":
+        return value in (1 << bit for bit in range(11 if name != "num_warps" else 6))
+    return 0 <= value <= 16
+
+
+@functools.cache
+def triton_version() -> str:
+    """Of the Triton that is installed; importing it takes seconds."""
+    return importlib.metadata.version("triton")
 
 
 def with_channels_together(x: Tensor) -> Tensor:

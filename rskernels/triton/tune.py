@@ -12,10 +12,12 @@ from __future__ import annotations
 import datetime
 import importlib
 import json
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +66,15 @@ def tune(
     operators: Sequence[str] | None = None,
     file: Path | None = None,
     seconds: float = float("inf"),
+    again: bool = False,
     timer: Timer = median_seconds,
 ) -> list[Found]:
     """Measure the configurations of `operators` (default: all) on `device` (default: the current GPU), store
     the best in `file` (default: tuning.triton_path) after every class, and use them from now on.
 
     seconds: no further class is begun after that long; what was measured is kept.
-    Raises ValueError where there is no file to write (RSKERNELS_TUNING=off), and what a shipped configuration
-    raises when it does not run.
+    again: measure classes too that `file` has from an earlier call with this Triton and rskernels.
+    Raises ValueError where there is no file to write (RSKERNELS_TUNING=off).
     """
     device = device or torch.device("cuda", torch.cuda.current_device())
     capability = launch.capability_of(device)
@@ -81,32 +84,53 @@ def tune(
     file.parent.mkdir(parents=True, exist_ok=True)  # what is wrong with it, before minutes of measuring
     stop = time.monotonic() + seconds
     found: list[Found] = []
-    for operator in aot.OPERATORS if operators is None else operators:
-        module = importlib.import_module(f"rskernels.triton.{operator}")
-        for (kernel, shape_class), examples in classes_of(module.examples(), capability).items():
-            if time.monotonic() > stop:
-                print(
-                    f"tune: {seconds:.0f} seconds are over; the rest keeps what the package ships", flush=True
-                )
-                return found
-            candidates = module.candidates(kernel.partition(".")[2], shape_class)
+    classes = [
+        (*key, examples, module.candidates(key[0].partition(".")[2], key[1]))
+        for operator in (aot.OPERATORS if operators is None else operators)
+        for module in [importlib.import_module(f"rskernels.triton.{operator}")]
+        for key, examples in classes_of(module.examples(), capability).items()
+    ]
+    known = {} if again else _stored(file, capability).get("measured", {})
+    left = [one for one in classes if one[1] not in known.get(one[0], ())]
+    if len(left) < len(classes):
+        print(f"tune: {len(classes) - len(left)} of {len(classes)} classes are in {file}", flush=True)
+    for number, (kernel, shape_class, examples, candidates) in enumerate(left, 1):
+        if time.monotonic() > stop:
+            print(f"tune: {seconds:.0f} seconds are over; {len(left) - number + 1} classes left", flush=True)
+            break
+        try:
             with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: none
                 found.append(_best(kernel, shape_class, examples, candidates, device, timer))
-            _say(found[-1])
-            _store(file, capability, device, found)
-            tuning.forget_triton()
+        except RuntimeError as error:  # a fault of the device, which no call after it survives
+            broken = Found(kernel, shape_class, {}, 1.0, 0, {"device": str(error)})
+            _store(file, capability, device, broken)  # so that the next run begins behind it
+            raise
+        _say(f"{number}/{len(left)}", found[-1])
+        _store(file, capability, device, found[-1])
+        tuning.forget_triton()
     return found
 
 
-def main(operators: Sequence[str] | None, seconds: float, into_package: bool) -> None:
+def main(operators: Sequence[str] | None, seconds: float, again: bool, into_package: bool) -> None:
     """What `python -m rskernels tune` does on a GPU."""
-    unknown = sorted(set(operators or ()) - set(aot.OPERATORS))
-    if unknown:
-        raise ValueError(f"tune: no Triton operator {unknown[0]!r}; there are {', '.join(aot.OPERATORS)}")
-    found = tune(operators=operators, seconds=seconds)
+    found = tune(operators=operators, seconds=seconds, again=again)
     if into_package:
         for file in write_package(found, launch.capability_of(torch.device("cuda"))):
             print(f"written: {file}")
+
+
+def modules_of(names: Sequence[str] | None) -> list[str] | None:
+    """The modules with the kernels of these operators, by the public names or their own; None for all."""
+    if names is None:
+        return None
+    found = []
+    for name in names:
+        own = [one for one in aot.OPERATORS if f"{one}_".startswith(f"{name}_") or name.startswith(f"{one}_")]
+        if not own:
+            there = ", ".join(aot.OPERATORS)
+            raise ValueError(f"tune --operators: {name!r} has no Triton kernels; there are {there}")
+        found += own
+    return list(dict.fromkeys(found))
 
 
 def write_package(found: Iterable[Found], capability: int) -> list[Path]:
@@ -156,16 +180,23 @@ def _best(
     rows = launch.shipped(chip)[kernel]
     shipped = dict(rows.get(shape_class, rows["default"]))
     others = [dict(one) for one in candidates if dict(one) != shipped]
+    noted = [
+        [_note(call, chip, {(kernel, shape_class): one}) for one in (shipped, *others)] for call in examples
+    ]
+    if device.type == "cuda":
+        every = aot.distinct(one for variants in noted for launches in variants for one in launches)
+        aot.warm(list(every.values()), launch.capability_of(device), os.cpu_count() or 1)
     shares: dict[int, list[float]] = {number: [] for number in range(len(others))}
     refused: dict[str, str] = {}
-    for call in examples:
-        launches = [_note(call, chip, {(kernel, shape_class): one}) for one in (shipped, *others)]
+    for launches in noted:
         concerned = _differing(launches)
         reference = _Replay(launches[0], device)
-        reference.run()
+        if reason := _failure(reference):
+            refused["shipped"] = reason
+            return Found(kernel, shape_class, shipped, 1.0, 0, refused)
         expected = reference.written()
         bound = max(ALLOWED[dtype] for dtype in reference.dtypes)
-        seconds = timer(lambda: reference.run(concerned))  # noqa: B023  (called here and now)
+        seconds = timer(partial(reference.run, concerned))
         for number in list(shares):
             replay = _Replay(launches[1 + number], device)
             same_constants = set(others[number]) == set(shipped)
@@ -176,7 +207,7 @@ def _best(
                 refused[json.dumps(others[number])] = reason
                 del shares[number]
                 continue
-            shares[number].append(timer(lambda: replay.run(concerned)) / seconds)  # noqa: B023
+            shares[number].append(timer(partial(replay.run, concerned)) / seconds)
     means = {number: sum(values) / len(values) for number, values in shares.items()}
     best = min(means, key=means.__getitem__, default=None)
     if best is None or means[best] > MARGIN:
@@ -240,9 +271,10 @@ class _Replay:
         if storage._cdata not in self.buffers:
             size = storage.nbytes() // value.dtype.itemsize
             key = (value.dtype, size, sum(known[:2] == (value.dtype, size) for known in self.named))
-            if value.dtype.is_floating_point or value.dtype == torch.bool or value.is_meta:
+            drawn = value.dtype.is_floating_point or value.dtype == torch.bool
+            if value.is_meta or (drawn and not launch.is_meaningful(value)):
                 buffer = self._filled(key)
-            else:  # indices mean something: those that the example has
+            else:  # indices and the like: those that the example has
                 buffer = value.new_empty(0).set_(storage, 0, (size,), (1,)).to(self.device)
                 self.before[key] = buffer.clone()
             self.named[key] = self.buffers[storage._cdata] = buffer
@@ -265,13 +297,22 @@ class _Replay:
         return torch.zeros(size, dtype=dtype, device=self.device)
 
 
-def _problem(replay: _Replay, expected: Mapping[Buffer, Tensor], bound: float) -> str:
-    """Why a candidate is out of the question: it does not run, or its outputs are not the shipped one's."""
+def _failure(replay: _Replay) -> str:
+    """Why a replay does not run, "" where it does."""
     try:
         replay.run()
+        if replay.device.type == "cuda":
+            torch.cuda.synchronize()
     except Exception as error:  # whatever Triton raises: registers, shared memory, a tile it cannot make
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0]}"[:160]
+    return ""
+
+
+def _problem(replay: _Replay, expected: Mapping[Buffer, Tensor], bound: float) -> str:
+    """Why a candidate is out of the question: it does not run, or its outputs are not the shipped one's."""
+    if reason := _failure(replay):
+        return reason
     compared = 0
     for key, reference in expected.items():
         if key not in replay.named:
@@ -287,35 +328,48 @@ def _problem(replay: _Replay, expected: Mapping[Buffer, Tensor], bound: float) -
     return "" if compared else "no output to compare with the shipped configuration's"
 
 
-def _say(found: Found) -> None:
+def _say(which: str, found: Found) -> None:
     what = "kept" if found.share_of_time == 1 else f"{found.share_of_time:.2f} of its time: {found.constants}"
+    if "shipped" in found.refused:
+        what = f"not measured, the shipped one does not run: {found.refused['shipped']}"
     print(
-        f"{found.kernel:<40}{found.shape_class:<24}{found.tried} tried, {len(found.refused)} refused; {what}",
+        f"{which:<9}{found.kernel:<40}{found.shape_class:<24}{found.tried} tried, {len(found.refused)} "
+        f"refused; {what}",
         flush=True,
     )
 
 
-def _store(file: Path, capability: int, device: torch.device, found: Sequence[Found]) -> None:
-    """The whole file anew: what was tuned before and not this time stays, if it is of this version."""
+def _stored(file: Path, capability: int) -> dict[str, Any]:
+    """What the file has; nothing where it is not one of this version, chip and Triton."""
     try:
-        configs = launch.checked(json.loads(file.read_text()), capability)
+        saved: dict[str, Any] = json.loads(file.read_text())
+        launch.checked(saved, capability)
     except (OSError, ValueError):
-        configs = {}
-    for row in found:
-        classes = configs.setdefault(row.kernel, {})
-        if row.share_of_time < 1:
-            classes[row.shape_class] = row.constants
-        else:
-            classes.pop(row.shape_class, None)
+        return {}
+    return saved
+
+
+def _store(file: Path, capability: int, device: torch.device, row: Found) -> None:
+    """The whole file anew: what was tuned before stays."""
+    saved = _stored(file, capability)
+    configs, measured = saved.get("configs", {}), saved.get("measured", {})
+    classes = configs.setdefault(row.kernel, {})
+    if row.share_of_time < 1:
+        classes[row.shape_class] = row.constants
+    else:
+        classes.pop(row.shape_class, None)
+    if row.shape_class not in measured.setdefault(row.kernel, []):
+        measured[row.kernel].append(row.shape_class)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     stored = {
         "version": __version__,
         "capability": capability,
+        "triton": triton.__version__,
         "configs": {kernel: classes for kernel, classes in configs.items() if classes},
+        "measured": measured,
         "measured_with": {
             "gpu": gpu,
             "torch": torch.__version__,
-            "triton": triton.__version__,
             "date": datetime.date.today().isoformat(),
         },
     }

@@ -5,6 +5,7 @@ A process that interprets kernels cannot compile them: others do.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +20,28 @@ ROOT = Path(__file__).resolve().parents[3]
 TABLE = ROOT / "benchmarks" / "results" / "triton-resources.json"
 
 
-def run_aot(*arguments):
+def run(*arguments, **variables):
+    """In a process that does not interpret kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "rskernels.triton.aot", "--jobs", "1", *map(str, arguments)],
-        env=environment | {"PYTHONPATH": str(ROOT)},
+        [sys.executable, *map(str, arguments)],
+        env=environment | {"PYTHONPATH": str(ROOT)} | variables,
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
+
+
+def run_aot(*arguments):
+    return run("-m", "rskernels.triton.aot", "--jobs", 1, *arguments)
+
+
+def test_what_is_compiled_is_what_a_first_call_would_be(tmp_path):
+    script = Path(__file__).with_name("same_as_triton.py")
+    done = run(script, TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    compared, built = map(int, re.findall(r"\d+", done.stdout))
+    assert compared > 50 and built == 1
 
 
 @pytest.fixture(scope="module")

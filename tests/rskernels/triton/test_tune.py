@@ -142,8 +142,11 @@ def test_launches_use_what_was_tuned(tiny, device, monkeypatch):
     assert launch.config("tiny.scale", "float/large", torch.device("cpu"))["BLOCK"] == 32
     with launch.noting(CAPABILITY):
         assert launch.config("tiny.scale", "float/large", gpu)["BLOCK"] == 32
+    # What was measured is not measured anew, unless asked.
+    assert tuner.tune(device, timer=Clock(monkeypatch, {})) == []
+    assert json.loads(tiny.file.read_text()) == stored
     # Slower the next time: the package's again.
-    tuner.tune(device, timer=Clock(monkeypatch, {}))
+    tuner.tune(device, again=True, timer=Clock(monkeypatch, {}))
     assert json.loads(tiny.file.read_text())["configs"] == {}
     assert launch.config("tiny.scale", "float/large", gpu)["BLOCK"] == 32
 
@@ -158,6 +161,33 @@ def test_replayed_launches_compute_what_the_operator_does(tiny, device):
     assert x.std() > 0.1
     torch.testing.assert_close(replay.launches[1].arguments[1], 2 * x.flip(0) + 1)
     assert len(replay.written()) == 2
+
+
+def test_numbers_that_mean_something_stay(device):
+    places = launch.meaningful(torch.rand(64))
+    with launch.noting(CAPABILITY) as launches:
+        launch.launch(add_one, (1,), places, torch.empty(64), 64, BLOCK=64)
+    moved, _, _ = tuner._Replay(launches, device).launches[0].arguments
+    assert torch.equal(moved.cpu(), places)
+
+
+def test_a_shipped_configuration_that_does_not_run_is_said_and_passed(tiny, device, monkeypatch, capsys):
+    broken = json.loads(json.dumps(SHIPPED))
+    broken["tiny.scale"]["float/large"]["BLOCK"] = 48
+    (tiny.configs / f"tiny.sm{CAPABILITY}.json").write_text(json.dumps(broken))
+    found = tuner.tune(device, timer=Clock(monkeypatch, {}))
+    assert [row.tried for row in found] == [0, 0] and all("shipped" in row.refused for row in found)
+    assert "not measured, the shipped one does not run" in capsys.readouterr().out
+
+
+def test_a_fault_of_the_device_ends_it_and_the_next_run_begins_behind(tiny, device, monkeypatch):
+    def faulty(call):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tuner.tune(device, timer=faulty)
+    (row,) = tuner.tune(device, timer=Clock(monkeypatch, {}))
+    assert json.loads(tiny.file.read_text())["configs"] == {} and row.kernel == "tiny.scale"
 
 
 def test_the_time_that_is_over_ends_it(tiny, device, monkeypatch, capsys):
@@ -185,6 +215,10 @@ def test_developers_put_it_into_the_package(tiny, device, monkeypatch):
         ({"configs": {"tiny.gone": {}}}, "there is no kernel 'tiny.gone'"),
         ({"configs": {"tiny.scale": {"float": {"BLOCK": 64}}}}, "expected the constants BLOCK, WRONG"),
         ({"configs": {"tiny.add": {"float": {"BLOCK": "64"}}}}, "BLOCK is '64'"),
+        ({"configs": {"tiny.add": {"float": {"BLOCK": 0}}}}, "BLOCK is 0"),
+        ({"configs": {"tiny.add": {"float": {"BLOCK": 48}}}}, "BLOCK is 48"),
+        ({"configs": {"tiny.add": {"float": {"BLOCK": 1048576}}}}, "BLOCK is 1048576"),
+        ({"triton": "0.1"}, "its triton is '0.1'"),
         ({"configs": {"tiny.add": 5}}, "expected the constants"),
     ],
 )
@@ -192,6 +226,7 @@ def test_a_file_that_is_no_good_is_one_warning(tiny, change, match):
     good = {
         "version": __version__,
         "capability": CAPABILITY,
+        "triton": triton.__version__,
         "configs": {"tiny.add": {"float": {"BLOCK": 64}}},
     }
     tiny.file.parent.mkdir()
@@ -212,7 +247,7 @@ def test_a_file_that_is_no_good_is_one_warning(tiny, change, match):
 
 def test_a_restored_record_holds_whatever_the_files_say(tiny):
     """A resumed run sums in the same tiles, though someone tuned meanwhile."""
-    known = {"version": __version__, "capability": CAPABILITY}
+    known = {"version": __version__, "capability": CAPABILITY, "triton": triton.__version__}
     gpu = torch.device("cuda", 0)
     tiny.file.parent.mkdir()
 
@@ -274,4 +309,15 @@ def test_the_command_tunes_on_a_gpu_only(tiny, device, monkeypatch, capsys):
     assert tiny.file.exists() and "written: " in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["rskernels", "tune", "--operators", "linear"])
     assert command.main() == 2
-    assert "no Triton operator 'linear'; there are tiny" in capsys.readouterr().err
+    assert "'linear' has no Triton kernels; there are tiny" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["rskernels", "tune", "--seconds", "-3"])
+    assert command.main() == 2
+    assert "--seconds -3: expected a number above 0" in capsys.readouterr().err
+
+
+def test_operators_go_by_their_public_names():
+    assert tuner.modules_of(["lora_qkv", "lora_linear"]) == ["lora"]
+    assert tuner.modules_of(["dilated_aspp"]) == ["dilated_aspp", "dilated_aspp_backward"]
+    assert tuner.modules_of(None) is None
+    with pytest.raises(ValueError, match="'lo' has no Triton kernels; there are rel_pos_attention, "):
+        tuner.modules_of(["lo"])
