@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -43,6 +44,8 @@ def extension_arguments() -> dict:
         give_up(f"no C++ compiler ({missing}) on PATH; install one and run pip install again")
         return {}
     os.environ.setdefault("CXX", compiler)
+    # Without ninja torch compiles one file at a time; pip's is beside this Python, which need not be on PATH.
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     # Its warnings are about CUDA, which this extension does not use.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:

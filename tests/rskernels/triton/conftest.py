@@ -6,9 +6,21 @@ Without a GPU the kernels run in Triton's interpreter, on CPU tensors, through t
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 INTERPRETED = not torch.cuda.is_available()
+if INTERPRETED and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+    # Triton 3.6 (torch 2.11) makes a loop's bound a number by int() of an array of one element, which NumPy
+    # refuses from 2.4 on.
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_mend
 # The interpreter's bfloat16 product is wrong: bfloat16 is left to a device.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 
