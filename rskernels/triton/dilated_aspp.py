@@ -47,8 +47,8 @@ def _patch(tile, rows, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
 @triton.jit
 def add_taps(
     total, x, w, tile, block, height, width, first_row, rows, x_pixel, inputs, outputs, dilation,
-    TRANSPOSED: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, EVEN: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total + the sum over taps and inputs of one branch, for one patch and one block of outputs."""
     image, top, left = _patch(tile, rows, width, PATCH_H, PATCH_W)
@@ -59,27 +59,43 @@ def add_taps(
     y, column = top + member // PATCH_W, left + member % PATCH_W
     output = block * BLOCK_N + tl.arange(0, BLOCK_N)
     has_output = output < outputs
+    k = tl.arange(0, BLOCK_K)
+    # What the loop moves are scalars: the pointers of a tap's next inputs, or of the next tap, all lie at one
+    # distance from these. It divides nothing.
+    pixel = (image.to(tl.int64) * height + y) * width + column
+    x_at = x + pixel[:, None] * x_pixel + k[None, :]
+    if TRANSPOSED:
+        w_at = w + k[:, None] * (9 * outputs) + output[None, :]
+    else:
+        w_at = w + k[:, None] + output[None, :] * (9 * inputs)
     # The taps that reach the map from somewhere in the patch: a rectangle around the middle one.
     first_ky, last_ky = tl.where(bottom < dilation, 1, 0), tl.where(top + dilation < height, 2, 1)
     first_kx, last_kx = tl.where(right < dilation, 1, 0), tl.where(left + dilation < width, 2, 1)
-    taps_x = last_kx - first_kx + 1
-    steps = tl.cdiv(inputs, BLOCK_K)
-    for i in range(0, (last_ky - first_ky + 1) * taps_x * steps):
-        tap = i // steps
-        ky, kx = first_ky + tap // taps_x, first_kx + tap % taps_x
-        k = i % steps * BLOCK_K + tl.arange(0, BLOCK_K)
-        has_k = k < inputs
-        from_y, from_x = y + (ky - 1) * dilation, column + (kx - 1) * dilation
+    taps = (last_ky - first_ky + 1) * (last_kx - first_kx + 1)
+    ky, kx, first = first_ky, first_kx, 0
+    for _ in range(0, taps * tl.cdiv(inputs, BLOCK_K)):
+        down, right = (ky - 1) * dilation, (kx - 1) * dilation
+        from_y, from_x = y + down, column + right
         inside = (from_y >= 0) & (from_y < height) & (from_x >= 0) & (from_x < width)
-        pixel = (image.to(tl.int64) * height + from_y) * width + from_x
-        x_at = x + pixel[:, None] * x_pixel + k[None, :]
-        x_tile = tl.load(x_at, mask=inside[:, None] & has_k[None, :], other=0.0)
+        x_next = x_at + (tl.cast(down * width + right, tl.int64) * x_pixel + first)
         if TRANSPOSED:
-            w_at = w + k[:, None] * (9 * outputs) + ((8 - 3 * ky - kx) * outputs + output)[None, :]
+            w_next = w_at + (8 - 3 * ky - kx + 9 * first) * outputs
         else:
-            w_at = w + ((3 * ky + kx) * inputs + k)[:, None] + output[None, :] * (9 * inputs)
-        w_tile = tl.load(w_at, mask=has_k[:, None] & has_output[None, :], other=0.0)
+            w_next = w_at + ((3 * ky + kx) * inputs + first)
+        if EVEN:
+            x_tile = tl.load(x_next, mask=inside[:, None], other=0.0)
+            w_tile = tl.load(w_next)
+        else:
+            has_k = first + k < inputs
+            x_tile = tl.load(x_next, mask=inside[:, None] & has_k[None, :], other=0.0)
+            w_tile = tl.load(w_next, mask=has_k[:, None] & has_output[None, :], other=0.0)
         total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
+        first += BLOCK_K
+        end_of_tap = first >= inputs
+        end_of_row = end_of_tap & (kx == last_kx)
+        first = tl.where(end_of_tap, 0, first)
+        kx = tl.where(end_of_row, first_kx, tl.where(end_of_tap, kx + 1, kx))
+        ky = tl.where(end_of_row, ky + 1, ky)
     return total
 
 
@@ -112,8 +128,8 @@ def finish(
 def _branch(
     x, w, out, bias, scale, shift, kept, program, tiles, height, width, first_row, rows, x_pixel, inputs,
     outputs, dilation, column, out_pixel, kept_pixel,
-    TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr, PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One branch's patch, if `program` is one of its own; returns the next branch's first program."""
     blocks = tl.cdiv(outputs, BLOCK_N)
@@ -122,7 +138,7 @@ def _branch(
         total = tl.zeros((PATCH_H * PATCH_W, BLOCK_N), tl.float32)
         total = add_taps(
             total, x, w, tile, block, height, width, first_row, rows, x_pixel, inputs, outputs, dilation,
-            TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+            TRANSPOSED, EVEN, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
         finish(
             total, out, bias, scale, shift, kept, tile, block, width, rows, outputs, column, out_pixel,
@@ -138,33 +154,34 @@ def convolve(
     inputs0, inputs1, inputs2, inputs3, outputs0, outputs1, outputs2, outputs3,
     dilation0, dilation1, dilation2, dilation3, column0, column1, column2, column3,
     out_pixel0, out_pixel1, out_pixel2, out_pixel3, kept_pixel,
-    COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, PATCH_H: tl.constexpr,
-    PATCH_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
+    PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Up to four branches, written out one by one: of a pointer chosen while running the compiler would not
     know how it is aligned."""
     program = _branch(
         x0, w0, out0, bias, scale, shift, kept, tl.program_id(0), tiles, height, width, first_row, rows,
         x_pixel0, inputs0, outputs0, dilation0, column0, out_pixel0, kept_pixel,
-        TRANSPOSED, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+        TRANSPOSED, EVEN, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     if COUNT > 1:
         program = _branch(
             x1, w1, out1, bias, scale, shift, kept, program, tiles, height, width, first_row, rows, x_pixel1,
             inputs1, outputs1, dilation1, column1, out_pixel1, kept_pixel,
-            TRANSPOSED, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+            TRANSPOSED, EVEN, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
     if COUNT > 2:
         program = _branch(
             x2, w2, out2, bias, scale, shift, kept, program, tiles, height, width, first_row, rows, x_pixel2,
             inputs2, outputs2, dilation2, column2, out_pixel2, kept_pixel,
-            TRANSPOSED, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+            TRANSPOSED, EVEN, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
     if COUNT > 3:
         program = _branch(
             x3, w3, out3, bias, scale, shift, kept, program, tiles, height, width, first_row, rows, x_pixel3,
             inputs3, outputs3, dilation3, column3, out_pixel3, kept_pixel,
-            TRANSPOSED, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+            TRANSPOSED, EVEN, ACTIVATION, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
 
 
@@ -235,7 +252,12 @@ def constants_of(kernel: str, branches: Sequence[Branch], region: Region) -> dic
     dilations = tuple(branch.dilation for branch in branches)
     height, width = patch_shape(region.rows, region.width, dilations, tuned.pop("BLOCK_M"))
     precision = dot_precision(out.dtype)
-    return {"COUNT": len(branches), "PATCH_H": height, "PATCH_W": width, "PRECISION": precision, **tuned}
+    even = all(
+        branch.x.shape[1] % tuned["BLOCK_K"] == 0 and branch.out.shape[1] % tuned["BLOCK_N"] == 0
+        for branch in branches
+    )
+    side = {"PATCH_H": height, "PATCH_W": width}
+    return {"COUNT": len(branches), "EVEN": even, **side, "PRECISION": precision, **tuned}
 
 
 def four(values: Sequence[Any], missing: Any = 0) -> tuple[Any, ...]:

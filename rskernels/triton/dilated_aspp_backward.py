@@ -44,8 +44,8 @@ def convolve_sum(
     x0, x1, x2, x3, w0, w1, w2, w3, out, tiles, height, width, first_row, rows,
     x_pixel0, x_pixel1, x_pixel2, x_pixel3, inputs0, inputs1, inputs2, inputs3, outputs,
     dilation0, dilation1, dilation2, dilation3, out_pixel,
-    COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr, PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sum of up to four branches: what a map that they share gets as gradient."""
     blocks = tl.cdiv(outputs, BLOCK_N)
@@ -53,22 +53,22 @@ def convolve_sum(
     total = tl.zeros((PATCH_H * PATCH_W, BLOCK_N), tl.float32)
     total = add_taps(
         total, x0, w0, tile, block, height, width, first_row, rows, x_pixel0, inputs0, outputs, dilation0,
-        TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+        TRANSPOSED, EVEN, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
     )  # fmt: skip
     if COUNT > 1:
         total = add_taps(
             total, x1, w1, tile, block, height, width, first_row, rows, x_pixel1, inputs1, outputs, dilation1,
-            TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+            TRANSPOSED, EVEN, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
     if COUNT > 2:
         total = add_taps(
             total, x2, w2, tile, block, height, width, first_row, rows, x_pixel2, inputs2, outputs, dilation2,
-            TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+            TRANSPOSED, EVEN, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
     if COUNT > 3:
         total = add_taps(
             total, x3, w3, tile, block, height, width, first_row, rows, x_pixel3, inputs3, outputs, dilation3,
-            TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+            TRANSPOSED, EVEN, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
     finish(
         total, out, None, None, None, None, tile, block, width, rows, outputs, 0, out_pixel, 0,
