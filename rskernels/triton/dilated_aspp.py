@@ -46,8 +46,8 @@ def _patch(tile, rows, width, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr):
 @triton.jit
 def add_taps(
     total, x, w, tile, block, height, width, first_row, rows, x_pixel, inputs, outputs, dilation,
-    TRANSPOSED: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, EVEN: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """total + the sum over taps and inputs of one branch, for one patch and one block of outputs."""
     image, top, left = _patch(tile, rows, width, PATCH_H, PATCH_W)
@@ -58,27 +58,43 @@ def add_taps(
     y, column = top + member // PATCH_W, left + member % PATCH_W
     output = block * BLOCK_N + tl.arange(0, BLOCK_N)
     has_output = output < outputs
+    k = tl.arange(0, BLOCK_K)
+    # What the loop moves are scalars: the pointers of a tap's next inputs, or of the next tap, all lie at one
+    # distance from these. It divides nothing.
+    pixel = (image.to(tl.int64) * height + y) * width + column
+    x_at = x + pixel[:, None] * x_pixel + k[None, :]
+    if TRANSPOSED:
+        w_at = w + k[:, None] * (9 * outputs) + output[None, :]
+    else:
+        w_at = w + k[:, None] + output[None, :] * (9 * inputs)
     # The taps that reach the map from somewhere in the patch: a rectangle around the middle one.
     first_ky, last_ky = tl.where(bottom < dilation, 1, 0), tl.where(top + dilation < height, 2, 1)
     first_kx, last_kx = tl.where(right < dilation, 1, 0), tl.where(left + dilation < width, 2, 1)
-    taps_x = last_kx - first_kx + 1
-    steps = tl.cdiv(inputs, BLOCK_K)
-    for i in range(0, (last_ky - first_ky + 1) * taps_x * steps):
-        tap = i // steps
-        ky, kx = first_ky + tap // taps_x, first_kx + tap % taps_x
-        k = i % steps * BLOCK_K + tl.arange(0, BLOCK_K)
-        has_k = k < inputs
-        from_y, from_x = y + (ky - 1) * dilation, column + (kx - 1) * dilation
+    taps = (last_ky - first_ky + 1) * (last_kx - first_kx + 1)
+    ky, kx, first = first_ky, first_kx, 0
+    for _ in range(0, taps * tl.cdiv(inputs, BLOCK_K)):
+        down, right = (ky - 1) * dilation, (kx - 1) * dilation
+        from_y, from_x = y + down, column + right
         inside = (from_y >= 0) & (from_y < height) & (from_x >= 0) & (from_x < width)
-        pixel = (image.to(tl.int64) * height + from_y) * width + from_x
-        x_at = x + pixel[:, None] * x_pixel + k[None, :]
-        x_tile = tl.load(x_at, mask=inside[:, None] & has_k[None, :], other=0.0)
+        x_next = x_at + (tl.cast(down * width + right, tl.int64) * x_pixel + first)
         if TRANSPOSED:
-            w_at = w + k[:, None] * (9 * outputs) + ((8 - 3 * ky - kx) * outputs + output)[None, :]
+            w_next = w_at + (8 - 3 * ky - kx + 9 * first) * outputs
         else:
-            w_at = w + ((3 * ky + kx) * inputs + k)[:, None] + output[None, :] * (9 * inputs)
-        w_tile = tl.load(w_at, mask=has_k[:, None] & has_output[None, :], other=0.0)
+            w_next = w_at + ((3 * ky + kx) * inputs + first)
+        if EVEN:
+            x_tile = tl.load(x_next, mask=inside[:, None], other=0.0)
+            w_tile = tl.load(w_next)
+        else:
+            has_k = first + k < inputs
+            x_tile = tl.load(x_next, mask=inside[:, None] & has_k[None, :], other=0.0)
+            w_tile = tl.load(w_next, mask=has_k[:, None] & has_output[None, :], other=0.0)
         total = tl.dot(x_tile, w_tile, total, input_precision=PRECISION)
+        first += BLOCK_K
+        end_of_tap = first >= inputs
+        end_of_row = end_of_tap & (kx == last_kx)
+        first = tl.where(end_of_tap, 0, first)
+        kx = tl.where(end_of_row, first_kx, tl.where(end_of_tap, kx + 1, kx))
+        ky = tl.where(end_of_row, ky + 1, ky)
     return total
 
 
@@ -111,8 +127,9 @@ def finish(
 def convolve(
     maps, weights, outs, bias, scale, shift, kept, tiles, height, width, first_row, rows,
     map_pixels, inputs, outputs, dilations, columns, out_pixels, kept_pixel,
-    COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, PATCH_H: tl.constexpr,
-    PATCH_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr, ACTIVATION: tl.constexpr,
+    PATCH_H: tl.constexpr, PATCH_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """COUNT branches, each into its own out. The loop is unrolled: of a pointer chosen while running the
     compiler would not know how it is aligned."""
@@ -125,7 +142,7 @@ def convolve(
             total = add_taps(
                 total, maps[i], weights[i], tile, block, height, width, first_row, rows, map_pixels[i],
                 inputs[i], outputs[i], dilations[i],
-                TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+                TRANSPOSED, EVEN, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
             )  # fmt: skip
             finish(
                 total, outs[i], bias, scale, shift, kept, tile, block, width, rows, outputs[i], columns[i],
@@ -205,7 +222,12 @@ def constants_of(kernel: str, branches: Sequence[Branch], region: Region) -> dic
     dilations = tuple(branch.dilation for branch in branches)
     height, width = patch_shape(region.rows, region.width, dilations, tuned.pop("BLOCK_M"))
     precision = dot_precision(out.dtype)
-    return {"COUNT": len(branches), "PATCH_H": height, "PATCH_W": width, "PRECISION": precision, **tuned}
+    even = all(
+        branch.x.shape[1] % tuned["BLOCK_K"] == 0 and branch.out.shape[1] % tuned["BLOCK_N"] == 0
+        for branch in branches
+    )
+    side = {"PATCH_H": height, "PATCH_W": width}
+    return {"COUNT": len(branches), "EVEN": even, **side, "PRECISION": precision, **tuned}
 
 
 def run_branches(

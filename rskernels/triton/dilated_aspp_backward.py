@@ -41,8 +41,8 @@ WEIGHT_TILES, WEIGHT_PIXELS, WEIGHT_SLICES = 264, 512, 16
 def convolve_sum(
     maps, weights, out, tiles, height, width, first_row, rows,
     map_pixels, inputs, outputs, dilations, out_pixel,
-    COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    COUNT: tl.constexpr, TRANSPOSED: tl.constexpr, EVEN: tl.constexpr, PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sum of COUNT branches: what a map that they share gets as gradient."""
     blocks = tl.cdiv(outputs, BLOCK_N)
@@ -51,7 +51,7 @@ def convolve_sum(
     for i in tl.static_range(COUNT):
         total = add_taps(
             total, maps[i], weights[i], tile, block, height, width, first_row, rows, map_pixels[i], inputs[i],
-            outputs, dilations[i], TRANSPOSED, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
+            outputs, dilations[i], TRANSPOSED, EVEN, PATCH_H, PATCH_W, BLOCK_N, BLOCK_K, PRECISION,
         )  # fmt: skip
     finish(
         total, out, None, None, None, None, tile, block, width, rows, outputs, 0, out_pixel, 0,

@@ -26,6 +26,7 @@ from rskernels.triton.rel_pos_attention_tiles import (
     load_queries,
     place_of,
     query_biases,
+    span_of,
     token_mask,
 )
 
@@ -39,7 +40,7 @@ def forward_kernel(
     heads, down, across, H, W, h, w, tokens, plane, scale,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     BLOCK_C: tl.constexpr, TABLES: tl.constexpr, PAD: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(tokens, BLOCK_M)
     unit = tl.program_id(0) // tiles
@@ -55,8 +56,11 @@ def forward_kernel(
         q_ptr + base, first_row + y, first_column + x, row_stride, column_stride, inside, DIM, BLOCK_D
     )
     if TABLES:
-        rel = rel_ptr + (unit.to(tl.int64) * tokens + first) * (h + w)
-        query_biases(q, table_h, table_w, rel, r, y, x, known, h, w, DIM, BLOCK_D, BLOCK_C, PRECISION)
+        span = span_of(tokens)
+        rel = rel_ptr + unit.to(tl.int64) * (h + w) * span + first
+        columns = query_biases(
+            q, table_h, table_w, rel, r, y, x, known, h, w, span, DIM, BLOCK_D, BLOCK_C, PRECISION
+        )
 
     n = tl.arange(0, ROWS * COLS)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -65,7 +69,7 @@ def forward_kernel(
     for x0 in range(0, w, COLS):
         key_x = x0 + n % COLS
         if TABLES:
-            rel_w = load_biases(rel + h, r, x0 + tl.arange(0, COLS), known, w, h + w)
+            rel_w = tl.trans(load_biases(columns, r, x0 + tl.arange(0, COLS), known, w, span))
         for y0 in range(0, h, ROWS):
             key_y = y0 + n // COLS
             valid = (key_x < w) & (key_y * w + key_x < tokens)
@@ -73,22 +77,31 @@ def forward_kernel(
             seen = (row < H) & (column < W)
             k = load_keys(
                 k_ptr + base, k_pad + head * DIM if PAD else None, row, column, row_stride, column_stride,
-                valid, seen, DIM, BLOCK_D, PAD,
+                valid, seen, DIM, BLOCK_D, PAD, WHOLE,
             )  # fmt: skip
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             if TABLES:
-                rel_h = load_biases(rel, r, y0 + tl.arange(0, ROWS), known, h, h + w)
-                s = add_biases(s, rel_h, rel_w, BLOCK_M, ROWS, COLS)
+                rel_h = tl.trans(load_biases(rel, r, y0 + tl.arange(0, ROWS), known, h, span))
+                # A tile of one row has one rel_h for every query, which its maximum and its sum can have.
+                if ROWS == 1:
+                    s += rel_w
+                else:
+                    s = add_biases(s, rel_h, rel_w, BLOCK_M, ROWS, COLS)
             if not EVEN:
                 s = tl.where(valid[None, :], s, float("-inf"))
             # Every tile has a valid key: the maximum is finite from the first one on.
-            grown = tl.maximum(largest, tl.max(s, 1))
-            p = tl.exp2(s - grown[:, None])
+            if TABLES and ROWS == 1:
+                of_row = tl.sum(rel_h, 1)
+                grown = tl.maximum(largest, tl.max(s, 1) + of_row)
+                p = tl.exp2(s + (of_row - grown)[:, None])
+            else:
+                grown = tl.maximum(largest, tl.max(s, 1))
+                p = tl.exp2(s - grown[:, None])
             shrink = tl.exp2(largest - grown)
             total = total * shrink + tl.sum(p, 1)
             v = load_keys(
                 v_ptr + base, v_pad + head * DIM if PAD else None, row, column, row_stride, column_stride,
-                valid, seen, DIM, BLOCK_D, PAD,
+                valid, seen, DIM, BLOCK_D, PAD, WHOLE,
             )  # fmt: skip
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
             largest = grown
@@ -121,7 +134,7 @@ def forward(
     launch(
         forward_kernel,
         (tile.query_tiles * call.units,),
-        *call.parts(), *call.pads_of_keys(), call.rel_pos_h, call.rel_pos_w, call.scratch(), out, lse,
+        *call.parts(), *call.pads_of_keys(), call.rel_pos_h, call.rel_pos_w, call.biases(), out, lse,
         *tile.strides(call.qkv), *tile.shape(), scale,
         **tile.constants(), **tile.query_constants(),
     )  # fmt: skip

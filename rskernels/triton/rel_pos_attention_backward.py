@@ -25,6 +25,7 @@ from rskernels.triton.rel_pos_attention_tiles import (
     load_table,
     place_of,
     query_biases,
+    span_of,
     table_range,
     token_mask,
 )
@@ -57,7 +58,7 @@ def query_gradients(
     heads, down, across, H, W, h, w, tokens, plane, scale,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     BLOCK_C: tl.constexpr, TABLES: tl.constexpr, PAD: tl.constexpr, EVEN: tl.constexpr, CUT: tl.constexpr,
-    STORE: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(tokens, BLOCK_M)
     unit = tl.program_id(0) // tiles
@@ -73,9 +74,12 @@ def query_gradients(
     do_base = do_ptr + image * do_image_stride + head * DIM
     q = load_queries(q_ptr + base, row, column, row_stride, column_stride, inside, DIM, BLOCK_D)
     if TABLES:
-        rel = rel_ptr + (unit.to(tl.int64) * tokens + first) * (h + w)
+        span = span_of(tokens)
+        rel = rel_ptr + unit.to(tl.int64) * (h + w) * span + first
         sums = sums_ptr + (unit.to(tl.int64) * tokens + first) * (h + w)
-        query_biases(q, table_h, table_w, rel, r, y, x, known, h, w, DIM, BLOCK_D, BLOCK_C, PRECISION)
+        columns = query_biases(
+            q, table_h, table_w, rel, r, y, x, known, h, w, span, DIM, BLOCK_D, BLOCK_C, PRECISION
+        )
 
     do = load_queries(do_base, row, column, do_row_stride, do_column_stride, inside, DIM, BLOCK_D)
     mask = token_mask(inside, DIM, BLOCK_D)
@@ -94,7 +98,7 @@ def query_gradients(
         key_x = x0 + n % COLS
         slice_x = x0 + tl.arange(0, COLS)
         if TABLES:
-            rel_w = load_biases(rel + h, r, slice_x, known, w, h + w)
+            rel_w = tl.trans(load_biases(columns, r, slice_x, known, w, span))
             sums_w = tl.zeros((BLOCK_M, COLS), tl.float32)
             if CUT:
                 tl.debug_barrier()  # the sums over rows go on from those of the slice before
@@ -105,17 +109,19 @@ def query_gradients(
             seen = (key_row < H) & (key_column < W)
             k = load_keys(
                 k_ptr + base, k_pad + head * DIM if PAD else None, key_row, key_column,
-                row_stride, column_stride, valid, seen, DIM, BLOCK_D, PAD,
+                row_stride, column_stride, valid, seen, DIM, BLOCK_D, PAD, WHOLE,
             )  # fmt: skip
             v = load_keys(
                 v_ptr + base, v_pad + head * DIM if PAD else None, key_row, key_column,
-                row_stride, column_stride, valid, seen, DIM, BLOCK_D, PAD,
+                row_stride, column_stride, valid, seen, DIM, BLOCK_D, PAD, WHOLE,
             )  # fmt: skip
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             if TABLES:
-                rel_h = load_biases(rel, r, y0 + tl.arange(0, ROWS), known, h, h + w)
-                s = add_biases(s, rel_h, rel_w, BLOCK_M, ROWS, COLS)
-            p = tl.exp2(s - lse[:, None])
+                rel_h = tl.trans(load_biases(rel, r, y0 + tl.arange(0, ROWS), known, h, span))
+                s = add_biases(s, rel_h - lse[:, None], rel_w, BLOCK_M, ROWS, COLS)
+            else:
+                s -= lse[:, None]
+            p = tl.exp2(s)
             if not EVEN:
                 p = tl.where(valid[None, :], p, 0.0)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -166,8 +172,8 @@ def key_gradients(
     image_stride, row_stride, column_stride, do_image_stride, do_row_stride, do_column_stride,
     heads, down, across, H, W, h, w, tokens, plane, scale,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    TABLES: tl.constexpr, PAD: tl.constexpr, STORE: tl.constexpr, STORE_PADDED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TABLES: tl.constexpr, PAD: tl.constexpr, WHOLE: tl.constexpr, STORE: tl.constexpr,
+    STORE_PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     slices = tl.cdiv(w, COLS)
     tiles = tl.cdiv(h, ROWS) * slices
@@ -190,7 +196,9 @@ def key_gradients(
         valid, seen, DIM, BLOCK_D, PAD,
     )  # fmt: skip
     if TABLES:
-        rel = rel_ptr + unit.to(tl.int64) * tokens * (h + w)
+        span = span_of(tokens)
+        rel = rel_ptr + unit.to(tl.int64) * (h + w) * span
+        columns = rel + tl.cast(h, tl.int64) * span
         slice_y, slice_x = y0 + tl.arange(0, ROWS), x0 + tl.arange(0, COLS)
     do_base = do_ptr + image * do_image_stride + head * DIM
     statistics = (image * heads + head) * plane
@@ -199,29 +207,31 @@ def key_gradients(
     dv = tl.zeros((ROWS * COLS, BLOCK_D), tl.float32)
     for i0 in range(0, tokens, BLOCK_M):
         i = i0 + tl.arange(0, BLOCK_M)
-        known = i < tokens
         row, column = first_row + i // w, first_column + i % w
-        inside = known & (row < H) & (column < W)
-        q = load_queries(q_ptr + base, row, column, row_stride, column_stride, inside, DIM, BLOCK_D)
-        do = load_queries(do_base, row, column, do_row_stride, do_column_stride, inside, DIM, BLOCK_D)
+        if WHOLE:
+            known = tl.full((BLOCK_M,), True, tl.int1)
+            inside = known
+        else:
+            known = i < tokens
+            inside = known & (row < H) & (column < W)
+        q = load_queries(q_ptr + base, row, column, row_stride, column_stride, inside, DIM, BLOCK_D, WHOLE)
+        do = load_queries(do_base, row, column, do_row_stride, do_column_stride, inside, DIM, BLOCK_D, WHOLE)
         statistic = statistics + row * W + column
-        # A padded query takes no part: p is 0.
-        lse = tl.load(lse_ptr + statistic, mask=inside, other=float("inf")) * LOG2E
+        # A padded query takes no part: its p is finite, its q, dO and δ are 0. (Were p made 0 by an lse of
+        # infinity, every thread would find out again which of its queries are padded.)
+        lse = tl.load(lse_ptr + statistic, mask=inside, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + statistic, mask=inside, other=0.0)
         # Keys x queries, so that no operand of the sums below is transposed. What a key beyond the window
         # has in its row stays there, and is not stored.
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         if TABLES:
-            query = i[None, :].to(tl.int64) * (h + w)
-            rel_h = tl.load(
-                rel + query + slice_y[:, None], mask=known[None, :] & (slice_y < h)[:, None], other=0.0
-            )
-            rel_w = tl.load(
-                rel + h + query + slice_x[:, None], mask=known[None, :] & (slice_x < w)[:, None], other=0.0
-            )
-            grid = tl.reshape(s, (ROWS, COLS, BLOCK_M)) + rel_h[:, None, :] + rel_w[None, :, :]
-            s = tl.reshape(grid, (ROWS * COLS, BLOCK_M))
-        p = tl.exp2(s - lse[None, :])
+            rel_h = load_biases(rel, i, slice_y, known, h, span)
+            rel_w = load_biases(columns, i, slice_x, known, w, span)
+            grid = tl.reshape(s, (ROWS, COLS, BLOCK_M)) + rel_w[None, :, :]
+            s = tl.reshape(grid + (rel_h - lse[None, :])[:, None, :], (ROWS * COLS, BLOCK_M))
+        else:
+            s -= lse[None, :]
+        p = tl.exp2(s)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
@@ -294,7 +304,7 @@ def backward(
     call = Call.of(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window_size, scale)
     nothing = grad.new_empty(0)
     grad_qkv = qkv.new_empty(qkv.shape) if mask[0] else nothing
-    delta, rel, sums = torch.empty_like(lse), call.scratch(), call.scratch()
+    delta, rel, sums = torch.empty_like(lse), call.biases(), call.sums()
     _query_gradients(call, grad, out, lse, delta, rel, sums, grad_qkv, mask[0])
     grad_h = grad_w = grad_pad = nothing
     if rel_pos_h is not None and rel_pos_w is not None and (mask[1] or mask[2]):
@@ -354,7 +364,8 @@ def _key_gradients(
         (tile.key_tiles * call.units,),
         *call.parts(), *call.pads_of_keys(), rel, grad, lse.contiguous(), delta, dk, dv, padded,
         *tile.strides(call.qkv), *tile.strides(grad), *tile.shape(), call.scale,
-        **tile.constants(), STORE=store, STORE_PADDED=store_padded,
+        **tile.constants(), WHOLE=tile.unpadded and call.tokens % tile.block_m == 0, STORE=store,
+        STORE_PADDED=store_padded,
     )  # fmt: skip
     if not store_padded:
         return padded

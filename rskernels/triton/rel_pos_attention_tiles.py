@@ -5,9 +5,10 @@ unit against tiles of ROWS x COLS keys, whole rows of the window padded to power
 one (BLOCK_M, ROWS) and one (BLOCK_M, COLS) tensor, and the second stays as it is from tile to tile. A row
 wider than a tile is cut into slices of COLS.
 
-`rel` is scratch of (units, tokens, h + w) floats: log2(e) times the biases of every query for all h key rows
-and all w key columns. The program that uses a query tile's biases writes them, and reads back what its own
-threads wrote. Logits are in units of log2(e), so that exp2 serves.
+`rel` is scratch of (units, h + w, span) floats: log2(e) times the biases of every query for all h key rows
+and all w key columns. Neighbours in memory are queries (span: tokens, up to a multiple of 16), so that a
+thread copies 16 bytes at once. The program that uses a query tile's biases writes them, and reads back what
+its own threads wrote. Logits are in units of log2(e), so that exp2 serves.
 """
 
 from __future__ import annotations
@@ -51,24 +52,36 @@ def token_mask(inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_queries(base, y, x, row_stride, column_stride, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+def load_tokens(pointers, inside, DIM: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Zeros outside; WHOLE: all are inside."""
+    if WHOLE and DIM == BLOCK_D:
+        tokens = tl.load(pointers)
+    else:
+        tokens = tl.load(pointers, mask=token_mask(inside, DIM, BLOCK_D), other=0.0)
+    return tokens
+
+
+@triton.jit
+def load_queries(
+    base, y, x, row_stride, column_stride, inside,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr = False,
+):  # fmt: skip
     pointers = token_pointers(base, y, x, row_stride, column_stride, BLOCK_D)
-    return tl.load(pointers, mask=token_mask(inside, DIM, BLOCK_D), other=0.0)
+    return load_tokens(pointers, inside, DIM, BLOCK_D, WHOLE)
 
 
 @triton.jit
 def load_keys(
     base, pad, y, x, row_stride, column_stride, valid, inside,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, PAD: tl.constexpr, WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """Rows of k or v; what lies outside the grid is `pad`, or zeros without it."""
     pointers = token_pointers(base, y, x, row_stride, column_stride, BLOCK_D)
     if PAD:
         pointers = tl.where(inside[:, None], pointers, (pad + tl.arange(0, BLOCK_D))[None, :])
-        mask = token_mask(valid, DIM, BLOCK_D)
     else:
-        mask = token_mask(valid & inside, DIM, BLOCK_D)
-    return tl.load(pointers, mask=mask, other=0.0)
+        valid &= inside
+    return load_tokens(pointers, valid, DIM, BLOCK_D, WHOLE)
 
 
 @triton.jit
@@ -91,42 +104,52 @@ def table_range(y, x, h, w, known):
 
 
 @triton.jit
+def span_of(tokens):
+    """Tokens up to a multiple of 16, which the compiler then knows it to be."""
+    return tl.cdiv(tokens, 16) * 16
+
+
+@triton.jit
 def write_biases(
-    q, table, rel, i, position, known, side, stride, first, last,
+    q, table, rel, i, position, known, side, span, first, last,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """rel[i, key] = log2(e) q_i·table[position_i - key + side - 1] for every key in [0, side)."""
+    """rel[key, i] = log2(e) q_i·table[position_i - key + side - 1] for every key in [0, side)."""
+    at = rel + ((position + (side - 1)).to(tl.int64) * span + i)[:, None]
     for c0 in range(first, last, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         rows = load_table(table, c, side, DIM, BLOCK_D)
         products = tl.dot(q, tl.trans(rows), input_precision=PRECISION) * LOG2E
         key = position[:, None] + (side - 1) - c[None, :]
-        pointers = rel + i[:, None] * stride + key
+        pointers = at - c.to(tl.int64)[None, :] * span
         tl.store(pointers, products, mask=known[:, None] & (key >= 0) & (key < side))
 
 
 @triton.jit
 def query_biases(
-    q, table_h, table_w, rel, i, y, x, known, h, w,
+    q, table_h, table_w, rel, i, y, x, known, h, w, span,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     top, bottom, left, right = table_range(y, x, h, w, known)
-    write_biases(q, table_h, rel, i, y, known, h, h + w, top, bottom, DIM, BLOCK_D, BLOCK_C, PRECISION)
-    write_biases(q, table_w, rel + h, i, x, known, w, h + w, left, right, DIM, BLOCK_D, BLOCK_C, PRECISION)
+    """Both, for the tile whose first query `rel` begins with; returns where its columns' begin."""
+    columns = rel + tl.cast(h, tl.int64) * span
+    write_biases(q, table_h, rel, i, y, known, h, span, top, bottom, DIM, BLOCK_D, BLOCK_C, PRECISION)
+    write_biases(q, table_w, columns, i, x, known, w, span, left, right, DIM, BLOCK_D, BLOCK_C, PRECISION)
     tl.debug_barrier()
+    return columns
 
 
 @triton.jit
-def load_biases(rel, i, key, known, side, stride):
-    """(queries, keys) of rel; of rel + h for columns. `rel` begins with the tile's first query: i is 0."""
-    pointers = rel + i[:, None] * stride + key[None, :]
-    return tl.load(pointers, mask=known[:, None] & (key < side)[None, :], other=0.0)
+def load_biases(rel, i, key, known, side, span):
+    """(keys, queries) of rel, whose row 0 is the one of key 0."""
+    pointers = rel + key.to(tl.int64)[:, None] * span + i[None, :]
+    return tl.load(pointers, mask=(key < side)[:, None] & known[None, :], other=0.0)
 
 
 @triton.jit
 def add_biases(s, rel_h, rel_w, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
     """s (queries, keys) + rel_h (queries, rows) + rel_w (queries, columns)."""
-    grid = tl.reshape(s, (BLOCK_M, ROWS, COLS)) + rel_h[:, :, None] + rel_w[:, None, :]
+    grid = tl.reshape(s, (BLOCK_M, ROWS, COLS)) + rel_w[:, None, :] + rel_h[:, :, None]
     return tl.reshape(grid, (BLOCK_M, ROWS * COLS))
 
 
@@ -197,11 +220,17 @@ class Call:
         """What a padded token's k and v are."""
         return (None, None) if self.pad_qkv is None else self.pad_qkv.chunk(3)[1:]
 
-    def scratch(self) -> Tensor | None:
-        """(units, tokens, h + w)."""
-        if not self.tables:
-            return None
-        return self.qkv.new_empty(self.units, self.tokens, sum(self.side), dtype=torch.float32)
+    def scratch(self, *shape: int) -> Tensor | None:
+        """(units, *shape) floats, if there are tables."""
+        return self.qkv.new_empty(self.units, *shape, dtype=torch.float32) if self.tables else None
+
+    def biases(self) -> Tensor | None:
+        """(units, h + w, span)."""
+        return self.scratch(sum(self.side), cdiv(self.tokens, 16) * 16)
+
+    def sums(self) -> Tensor | None:
+        """(units, tokens, h + w), of dS."""
+        return self.scratch(self.tokens, sum(self.side))
 
     def tile(self, kernel: str) -> Tile:
         """The configuration of `kernel`, no larger than the call."""
@@ -287,12 +316,19 @@ class Tile:
             "num_stages": self.num_stages,
         }
 
+    @property
+    def unpadded(self) -> bool:
+        """Does no window reach beyond the grid?"""
+        (H, W), (h, w) = self.grid, self.window
+        return H % h == 0 and W % w == 0
+
     def query_constants(self) -> dict[str, Any]:
         """Those of the kernels over query tiles: rows of a table that are taken at a time (three passes of a
         float32 product need more registers), and whether every key tile is full."""
         h, w = self.window
         even = h % self.rows == 0 and w % self.columns == 0 and h * w == self.call.tokens
-        return {"BLOCK_C": 16 if self.call.qkv.dtype == torch.float32 else 32, "EVEN": even}
+        block_c = 16 if self.call.qkv.dtype == torch.float32 else 32
+        return {"BLOCK_C": block_c, "EVEN": even, "WHOLE": even and self.unpadded}
 
 
 def _token_stride(x: Tensor) -> int | None:
