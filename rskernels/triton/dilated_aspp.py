@@ -8,8 +8,7 @@ is the same kernel with the taps turned round: dilated_aspp_backward.py. Why it 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, launch, power_of_2
+from rskernels.triton.dilated_aspp_parts import (
+    EXAMPLES,
+    Branch,
+    Region,
+    check,
+    constants_of,
+    example_arguments,
+    packed,
+    pixels,
+)
+from rskernels.triton.launch import cdiv, expect, launch
 
 # With a projection the concatenation exists for this many bytes of pixels at a time: it stays in the cache of
 # the chip (40 MB and more), and still fills it with programs.
@@ -151,85 +160,6 @@ def convolve(
         program -= tiles * blocks
 
 
-@dataclass(frozen=True)
-class Branch:
-    """x (pixels, inputs) and out (pixels, outputs) as rows any stride apart; weight (O, 3, 3, C), dense."""
-
-    x: Tensor
-    weight: Tensor
-    out: Tensor
-    dilation: int
-    column: int = 0
-
-
-@dataclass(frozen=True)
-class Region:
-    """The pixels of a launch: rows first_row … first_row + rows of `images` maps."""
-
-    images: int
-    height: int
-    width: int
-    first_row: int
-    rows: int
-
-    def patches(self, constants: Mapping[str, Any]) -> int:
-        across = cdiv(self.width, constants["PATCH_W"])
-        return self.images * cdiv(self.rows, constants["PATCH_H"]) * across
-
-
-def pixels(x: Tensor) -> Tensor:
-    """(B, C, h, w) as (B·h·w, C), in place where channels are neighbours and pixels evenly spaced."""
-    x = x.permute(0, 2, 3, 1)
-    _, height, width, channels = x.shape
-    image, row, pixel, channel = x.stride()
-    if (row, image) != (width * pixel, height * width * pixel) or (channel != 1 and channels > 1):
-        return x.contiguous().flatten(0, 2)
-    return x.as_strided((x.shape[0] * height * width, channels), (pixel, 1))
-
-
-def packed(weight: Tensor) -> Tensor:
-    """(O, 3, 3, C): the weight itself where its memory is channels-last."""
-    return weight.permute(0, 2, 3, 1).contiguous()
-
-
-@functools.cache
-def patch_shape(rows: int, width: int, dilations: tuple[int, ...], pixels: int) -> tuple[int, int]:
-    """Height and width of the patches of `pixels` that have the fewest taps to compute."""
-
-    def taps(size: int, patch: int, dilation: int) -> int:
-        return sum(
-            1 + (min(first + patch, size) > dilation) + (first + dilation < size)
-            for first in range(0, size, patch)
-        )
-
-    def cost(patch: int) -> int:
-        return sum(taps(rows, pixels // patch, d) * taps(width, patch, d) for d in dilations)
-
-    widths = [1 << i for i in range(pixels.bit_length())]
-    best = min(reversed(widths), key=cost)
-    return pixels // best, best
-
-
-def channel_class(channels: int) -> int:
-    """The part of a shape class that a number of channels decides."""
-    return min(power_of_2(channels), 128)
-
-
-def constants_of(kernel: str, branches: Sequence[Branch], region: Region) -> dict[str, Any]:
-    out = branches[0].out
-    outputs = channel_class(max(branch.out.shape[1] for branch in branches))
-    tuned = config(f"dilated_aspp.{kernel}", f"{dtype_class(out.dtype)}/o{outputs}", out.device)
-    dilations = tuple(branch.dilation for branch in branches)
-    height, width = patch_shape(region.rows, region.width, dilations, tuned.pop("BLOCK_M"))
-    precision = dot_precision(out.dtype)
-    even = all(
-        branch.x.shape[1] % tuned["BLOCK_K"] == 0 and branch.out.shape[1] % tuned["BLOCK_N"] == 0
-        for branch in branches
-    )
-    side = {"PATCH_H": height, "PATCH_W": width}
-    return {"COUNT": len(branches), "EVEN": even, **side, "PRECISION": precision, **tuned}
-
-
 def run_branches(
     branches: Sequence[Branch],
     region: Region,
@@ -275,6 +205,10 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """rskernels::dilated_aspp_forward: the output in channels-last memory, and what enters the activation."""
+    name, vectors = "dilated_aspp_forward", {"bias": bias, "scale": scale, "shift": shift}
+    check(name, features, weights, dilations, vectors, projection_weight)
+    if projection_bias is not None and projection_weight is not None:
+        expect(f"{name}: projection_bias", projection_bias, projection_weight.shape[:1], features[0])
     images, _, height, width = features[0].shape
     maps = [pixels(x) for x in features]
     maps = maps * len(weights) if len(maps) == 1 else maps
@@ -290,7 +224,7 @@ def forward(
         """`first`: the number of the region's first pixel's image times the size of a map."""
         branches = [
             Branch(x[first:], tap, out[:, begin:end], dilation, begin)
-            for x, tap, dilation, begin, end in zip(maps, taps, dilations, ends, ends[1:], strict=False)
+            for x, tap, dilation, begin, end in zip(maps, taps, dilations, ends[:-1], ends[1:], strict=True)
         ]
         start = first + region.first_row * width
         rows = kept.view(-1, channels)[start:] if keep else None
@@ -343,30 +277,6 @@ def candidates(kernel: str, shape_class: str) -> list[dict[str, int]]:
         for k in ks
         for warps, stages in ((4, 2), (4, 3), (8, 3))
     ]
-
-
-def example_arguments(
-    dtype: torch.dtype, images: int, side: int, channels: Sequence[int], outputs: int, projected: bool
-) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-    """Features, weights and the projection's weight of a pyramid on the meta device."""
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    features = [empty(images, c, side, side).to(memory_format=torch.channels_last) for c in channels]
-    weights = [empty(outputs, c, 3, 3) for c in (tuple(channels) * 4 if len(channels) == 1 else channels)]
-    return features, weights, empty(outputs, 4 * outputs) if projected else None
-
-
-# Name, images, side, channels of the features, outputs of a branch, projected.
-EXAMPLES: list[tuple[Any, ...]] = [
-    ("head 256-1024, projected", 2, 32, (256, 512, 1024, 1024), 256, True),
-    ("ASPP 2048", 2, 32, (2048,), 256, False),
-    ("tiny head, projected", 2, 32, (64, 64, 64, 64), 64, True),
-    ("narrow", 2, 32, (32,), 32, False),
-    ("narrowest", 2, 32, (16,), 16, False),
-    ("sizes of 1", 1, 1, (1,), 1, False),  # constants to the compiler
-]
 
 
 def examples() -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -15,22 +15,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rskernels.triton.dilated_aspp import (
+from rskernels.triton.dilated_aspp import activate, add_taps, finish, run_branches
+from rskernels.triton.dilated_aspp import candidates as convolve_candidates
+from rskernels.triton.dilated_aspp_parts import (
     EXAMPLES,
     Branch,
     Region,
-    activate,
-    add_taps,
     channel_class,
+    check,
     constants_of,
     example_arguments,
-    finish,
     packed,
     pixels,
-    run_branches,
 )
-from rskernels.triton.dilated_aspp import candidates as convolve_candidates
-from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, launch
+from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, expect, launch
 
 # Slices of the sums over pixels: of a bias's, and of a weight's where its tiles alone are too few for a chip.
 BIAS_PIXELS, BIAS_SLICES = 64, 256
@@ -126,17 +124,31 @@ def weight_gradient(
     first = tl.program_id(1) * slice_pixels
     last = tl.minimum(first + slice_pixels, count)
     total = tl.zeros((BLOCK_O, BLOCK_C), tl.float32)
+    # The rectangle's pixels row by row. A step moves each by as many images, rows and columns; past the right
+    # or lower edge of the rectangle it skips what lies outside. Divisions are done here only.
+    rows, columns = tl.maximum(rows, 1), tl.maximum(columns, 1)
+    i = first + tl.arange(0, BLOCK_K)
+    row, column = i // columns, i % columns
+    y = row % rows
+    pixel = (row // rows * height + top + y) * width + left + column
+    down_step, right_step = BLOCK_K // columns, BLOCK_K % columns
+    y_step = down_step % rows
+    step = (down_step // rows * height + y_step) * width + right_step
     for start in range(first, last, BLOCK_K):
-        i = start + tl.arange(0, BLOCK_K)
-        has_pixel = i < last
-        row = i // columns
-        y, column = top + row % rows, left + i % columns
-        pixel = ((row // rows).to(tl.int64) * height + y) * width + column
-        d_at = d_pre + pixel[:, None] * d_pixel + output[None, :]
+        has_pixel = start + tl.arange(0, BLOCK_K) < last
+        d_at = d_pre + pixel.to(tl.int64)[:, None] * d_pixel + output[None, :]
         d_tile = tl.load(d_at, mask=has_pixel[:, None] & has_output[None, :], other=0.0)
-        x_at = x + (pixel + down * width + right)[:, None] * x_pixel + channel[None, :]
+        x_at = x + (pixel + down * width + right).to(tl.int64)[:, None] * x_pixel + channel[None, :]
         x_tile = tl.load(x_at, mask=has_pixel[:, None] & has_channel[None, :], other=0.0)
         total = tl.dot(tl.trans(d_tile), x_tile, total, input_precision=PRECISION)
+        column += right_step
+        past_right = column >= columns
+        y += y_step + past_right.to(tl.int32)
+        past_bottom = y >= rows
+        pixel += step + tl.where(past_right, width - columns, 0)
+        pixel += tl.where(past_bottom, (height - rows) * width, 0)
+        column = tl.where(past_right, column - columns, column)
+        y = tl.where(past_bottom, y - rows, y)
     row = tl.program_id(1).to(tl.int64) * outputs + output
     at = partial + (row * 9 + tap)[:, None] * inputs + channel[None, :]
     tl.store(at, total.to(partial.dtype.element_ty), mask=has_output[:, None] & has_channel[None, :])
@@ -171,6 +183,13 @@ def backward(
     mask: list[bool],
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
     """rskernels::dilated_aspp_backward: empty tensors for the gradients that nobody asks for."""
+    check("dilated_aspp_backward", features, weights, dilations, {"scale": scale}, projection_weight)
+    images, _, height, width = features[0].shape
+    channels = sum(len(weight) for weight in weights)
+    outputs = channels if projection_weight is None else len(projection_weight)
+    expect("dilated_aspp_backward: grad", grad, (images, outputs, height, width), features[0])
+    if kept.dim() == 4:
+        expect("dilated_aspp_backward: kept", kept, (images, height, width, channels), features[0])
     wants_maps, wants_weights = mask[: len(features)], mask[len(features) : -3]
     wants_bias, wants_projection, wants_projection_bias = mask[-3:]
     rows = pixels(grad).contiguous()
@@ -290,7 +309,7 @@ def _weight_gradient(d_pre: Tensor, x: Tensor, weight: Tensor, dilation: int) ->
         (9 * cdiv(outputs, tuned["BLOCK_O"]) * cdiv(inputs, tuned["BLOCK_C"]), slices),
         d_pre, rows, partial, images, height, width, slices, outputs, inputs, dilation,
         d_pre.stride(0), rows.stride(0),
-        PRECISION=dot_precision(weight.dtype), **tuned,
+        PRECISION=dot_precision(weight.dtype, convolution=True), **tuned,
     )  # fmt: skip
     dw = weight.new_empty(weight.shape)
     tuned = config("dilated_aspp_backward.finish_weight", dtype_class(weight.dtype), x.device)

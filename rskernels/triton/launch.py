@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -228,15 +228,26 @@ def with_channels_together(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def dot_precision(dtype: torch.dtype) -> str:
-    """How a product of float32 numbers is done: three TF32 products keep float32's digits; where the user
-    allows TF32 for cuBLAS's products it is one. Half precision is exact either way."""
+def expect(where: str, x: Tensor, shape: Sequence[int], like: Tensor) -> None:
+    """ValueError unless x has `shape`, and dtype and device of `like`; where: "operator: argument". Public
+    functions have refused what does not fit; an exported graph calls the operators themselves."""
+    if x.shape != torch.Size(shape):
+        raise ValueError(f"{where} has shape {tuple(x.shape)}; expected {tuple(shape)}")
+    if (x.dtype, x.device) != (like.dtype, like.device):
+        raise ValueError(f"{where} is {x.dtype} on {x.device}; expected {like.dtype} on {like.device}")
+
+
+def dot_precision(dtype: torch.dtype, *, convolution: bool = False) -> str:
+    """How a product of float32 numbers is done: three TF32 products keep float32's digits; where TF32 is
+    allowed for cuBLAS's products, or cuDNN's convolutions, it is one. Half precision is exact either way."""
     if dtype != torch.float32:
         return "tf32x3"
-    matmul = torch.backends.cuda.matmul
-    # PyTorch has two switches, and reading the old one raises where the new one was set.
-    if hasattr(matmul, "fp32_precision"):
-        return "tf32" if matmul.fp32_precision == "tf32" else "tf32x3"
+    switch: Any = getattr(torch.backends.cudnn, "conv", None) if convolution else torch.backends.cuda.matmul
+    # PyTorch has two switches each, and reading the old one raises where the new one was set.
+    if hasattr(switch, "fp32_precision"):
+        return "tf32" if switch.fp32_precision == "tf32" else "tf32x3"
+    if convolution:
+        return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 

@@ -36,6 +36,12 @@ def dtype(request):
 
 
 @pytest.fixture(autouse=True)
+def exact_convolutions(monkeypatch):
+    """As PyTorch comes, float32 convolutions are TF32's on a GPU, and dilated_aspp does as they do."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
 def poisoned():
     """torch.empty is filled with NaN, so that what a kernel forgets to write shows."""
     torch.use_deterministic_algorithms(True)

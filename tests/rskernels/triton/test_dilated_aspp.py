@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rskernels
-from rskernels.triton import dilated_aspp, dilated_aspp_backward
+from rskernels.triton import dilated_aspp, dilated_aspp_backward, launch
+from rskernels.triton.dilated_aspp_parts import patch_shape
 from rskernels.triton.launch import config
 
 TINY = Case(batch=1, inputs=(5, 6), outputs=(7, 3), height=5, width=6, dilations=(1, 3))
@@ -236,9 +237,9 @@ def test_same_bits_on_every_run(device, dtype):
 
 def test_patches_have_the_fewest_taps():
     """Where a dilation leaves out taps, patches follow the map's edges; a row of pixels is one patch."""
-    assert dilated_aspp.patch_shape(1, 300, (12,), 128) == (1, 128)
-    assert dilated_aspp.patch_shape(300, 1, (12,), 64) == (64, 1)
-    height, width = dilated_aspp.patch_shape(32, 32, (1, 6, 12, 18), 128)
+    assert patch_shape(1, 300, (12,), 128) == (1, 128)
+    assert patch_shape(300, 1, (12,), 64) == (64, 1)
+    height, width = patch_shape(32, 32, (1, 6, 12, 18), 128)
     assert height * width == 128 and width < 32
 
 
@@ -260,6 +261,49 @@ def test_candidates_fit_their_kernel(module, kernel, outputs):
     assert 0 < len(found) <= 12
     shipped = config(f"{module}.{kernel}", f"half/{outputs}", torch.device("cpu"))
     assert all(candidate.keys() == shipped.keys() for candidate in found)
+
+
+@pytest.mark.parametrize(
+    ("match", "change"),
+    [
+        (r"features has shape \(1, 4, 3, 3\); expected \(1, 4, 6, 6\)",
+         {"features": [torch.zeros(1, 4, 6, 6), torch.zeros(1, 4, 3, 3)]}),
+        (r"weights has shape \(5, 7, 3, 3\); expected \(5, 4, 3, 3\)",
+         {"weights": [torch.zeros(5, 4, 3, 3), torch.zeros(5, 7, 3, 3)]}),
+        ("got 1 features, 2 weights, 3 dilations", {"dilations": [1, 2, 3]}),
+        ("dilations has 0; expected 1 to", {"dilations": [1, 0]}),
+        (r"bias has shape \(9,\); expected \(10,\)", {"bias": torch.zeros(9)}),
+        ("scale is torch.float64", {"scale": torch.zeros(10).double()}),
+        (r"projection_weight has shape \(3, 9\); expected \(3, 10\)",
+         {"projection_weight": torch.zeros(3, 9)}),
+        ("features is torch.float64", {"features": [torch.zeros(1, 4, 6, 6).double()]}),
+    ],
+)  # fmt: skip
+def test_a_direct_call_that_does_not_fit_is_refused(match, change):
+    call = {
+        "features": [torch.zeros(1, 4, 6, 6)], "weights": [torch.zeros(5, 4, 3, 3)] * 2, "bias": None,
+        "dilations": [1, 2], "scale": None, "shift": None, "activation": "none", "projection_weight": None,
+        "projection_bias": None, "keep": False,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=f"dilated_aspp_forward: {match}"):
+        dilated_aspp.forward(**call | change)
+    good = [torch.zeros(1, 4, 6, 6)], [torch.zeros(5, 4, 3, 3)], torch.zeros(0), None, None, [1], "none"
+    with pytest.raises(ValueError, match=r"dilated_aspp_backward: grad has shape \(1, 5, 3, 3\)"):
+        dilated_aspp_backward.backward(torch.zeros(1, 5, 3, 3), *good, [True] * 5)
+
+
+def test_float32_obeys_the_switch_of_convolutions():
+    """PyTorch has one for cuBLAS's products and another for cuDNN's convolutions."""
+    conv, matmul = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = conv.fp32_precision, matmul.fp32_precision
+    products = {"ieee": "tf32x3", "tf32": "tf32"}
+    try:
+        for one, other in (("ieee", "tf32"), ("tf32", "ieee")):
+            conv.fp32_precision, matmul.fp32_precision = one, other
+            assert launch.dot_precision(torch.float32, convolution=True) == products[one]
+            assert launch.dot_precision(torch.float32) == products[other]
+    finally:
+        conv.fp32_precision, matmul.fp32_precision = before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: C++ would serve")
