@@ -269,8 +269,8 @@ def _slabs(images: int, height: int, width: int, pixel_bytes: int) -> Iterator[t
 
 def candidates(kernel: str, shape_class: str) -> list[dict[str, int]]:
     """Configurations that the tuner tries for `kernel` ("convolve") and `shape_class` ("half/o128")."""
-    dtype, outputs = shape_class.split("/o")
-    n, ks = min(int(outputs), 128), (32,) if dtype == "float" else (32, 64)
+    dtype, outputs = shape_class.split("/")
+    n, ks = 64 if outputs == "odd" else int(outputs[1:]), (32,) if dtype == "float" else (32, 64)
     return [
         {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
         for m in ((64,) if dtype == "float" else (64, 128))

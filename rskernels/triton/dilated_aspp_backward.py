@@ -301,7 +301,7 @@ def _weight_gradient(d_pre: Tensor, x: Tensor, weight: Tensor, dilation: int) ->
     # Rounded once: on the way to the sum of one slice, or after the sum of several.
     dtype = weight.dtype if slices == 1 else torch.float32
     partial = weight.new_empty((slices, outputs, 9, inputs), dtype=dtype)
-    shape_class = f"{dtype_class(weight.dtype)}/o{channel_class(outputs)}"
+    shape_class = f"{dtype_class(weight.dtype)}/{channel_class([outputs], [inputs])}"
     tuned = config("dilated_aspp_backward.weight_gradient", shape_class, x.device)
     rows = pixels(x)
     launch(
@@ -331,8 +331,9 @@ def candidates(kernel: str, shape_class: str) -> list[dict[str, int]]:
         return [{"BLOCK_C": c, "num_warps": warps} for c in (64, 128, 256) for warps in (2, 4)]
     if kernel in ("convolve", "convolve_sum"):
         return convolve_candidates(kernel, shape_class)
-    dtype, outputs = shape_class.split("/o")
-    n = min(int(outputs), 64 if dtype == "float" else 128)
+    dtype, outputs = shape_class.split("/")
+    widest = 64 if dtype == "float" or outputs == "odd" else 128
+    n = widest if outputs == "odd" else min(int(outputs[1:]), widest)
     return [
         {"BLOCK_O": n, "BLOCK_C": c, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
         for c in (64, 128)

@@ -78,15 +78,19 @@ def patch_shape(rows: int, width: int, dilations: tuple[int, ...], pixels: int) 
     return pixels // best, best
 
 
-def channel_class(channels: int) -> int:
-    """The part of a shape class that a number of channels decides."""
-    return min(power_of_2(channels), 128)
+def channel_class(outputs: Sequence[int], inputs: Sequence[int]) -> str:
+    """The part of a shape class that numbers of channels decide. Of channels that are no multiple of 16 the
+    compiler loads and stores one at a time, each with an address: their tiles are small."""
+    widest = min(power_of_2(max(outputs)), 128)
+    odd = any(count % 16 for count in (*outputs, *inputs))
+    return "odd" if odd and widest > 32 else f"o{widest}"
 
 
 def constants_of(kernel: str, branches: Sequence[Branch], region: Region) -> dict[str, Any]:
     out = branches[0].out
-    outputs = channel_class(max(branch.out.shape[1] for branch in branches))
-    tuned = config(f"dilated_aspp.{kernel}", f"{dtype_class(out.dtype)}/o{outputs}", out.device)
+    inputs = [branch.x.shape[1] for branch in branches]
+    channels = channel_class([branch.out.shape[1] for branch in branches], inputs)
+    tuned = config(f"dilated_aspp.{kernel}", f"{dtype_class(out.dtype)}/{channels}", out.device)
     dilations = tuple(branch.dilation for branch in branches)
     height, width = patch_shape(region.rows, region.width, dilations, tuned.pop("BLOCK_M"))
     precision = dot_precision(out.dtype, convolution=True)
@@ -161,5 +165,6 @@ EXAMPLES: list[tuple[Any, ...]] = [
     ("tiny head, projected", 2, 32, (64, 64, 64, 64), 64, True),
     ("narrow", 2, 32, (32,), 32, False),
     ("narrowest", 2, 32, (16,), 16, False),
+    ("odd channels", 2, 31, (100,), 250, False),
     ("sizes of 1", 1, 1, (1,), 1, False),  # constants to the compiler
 ]
