@@ -7,7 +7,6 @@ is the same kernel with the taps turned round: dilated_aspp_backward.py. Why it 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from rskernels.triton.dilated_aspp_parts import (
-    EXAMPLES,
     Branch,
     Region,
     check,
     constants_of,
     example_arguments,
+    examples_of,
     packed,
     pixels,
 )
@@ -292,6 +291,4 @@ def examples() -> Iterator[tuple[str, Callable[[], Any]]]:
             None if projection is None else features[0].new_empty(outputs), projected,
         )  # fmt: skip
 
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, *rest in EXAMPLES:
-            yield f"{name}, {str(dtype)[6:]}", functools.partial(call, dtype, *rest)
+    return examples_of(call)

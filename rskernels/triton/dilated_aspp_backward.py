@@ -6,7 +6,6 @@ docs/kernels/dilated_aspp.md has the design.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,13 +17,13 @@ from torch import Tensor
 from rskernels.triton.dilated_aspp import activate, add_taps, finish, run_branches
 from rskernels.triton.dilated_aspp import candidates as convolve_candidates
 from rskernels.triton.dilated_aspp_parts import (
-    EXAMPLES,
     Branch,
     Region,
     channel_class,
     check,
     constants_of,
     example_arguments,
+    examples_of,
     packed,
     pixels,
 )
@@ -354,6 +353,4 @@ def examples() -> Iterator[tuple[str, Callable[[], Any]]]:
         activation = "gelu" if projected else "relu"
         backward(grad, features, weights, kept, None, projection, [1, 6, 12, 18], activation, mask)
 
-    for dtype in (torch.float32, torch.bfloat16):
-        for name, *rest in EXAMPLES:
-            yield f"{name}, {str(dtype)[6:]}", functools.partial(call, dtype, *rest)
+    return examples_of(call)

@@ -6,7 +6,7 @@ Shapes and names as in rskernels.triton.dilated_aspp.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,3 +168,20 @@ EXAMPLES: list[tuple[Any, ...]] = [
     ("odd channels", 2, 31, (100,), 250, False),
     ("sizes of 1", 1, 1, (1,), 1, False),  # constants to the compiler
 ]
+
+
+def examples_of(call: Callable[..., None]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """`call`, given a dtype and the rest of a row, for all of EXAMPLES; float32 without TF32 and with it."""
+
+    def run(tf32: bool, *arguments: Any) -> None:
+        with torch.backends.cudnn.flags(allow_tf32=tf32):
+            call(*arguments)
+
+    kinds = (
+        ("float32", torch.float32, False),
+        ("tf32", torch.float32, True),
+        ("bfloat16", torch.bfloat16, False),
+    )
+    for kind, dtype, tf32 in kinds:
+        for name, *shape in EXAMPLES:
+            yield f"{name}, {kind}", functools.partial(run, tf32, dtype, *shape)
