@@ -1,7 +1,11 @@
 """The Triton kernels of lora_linear and lora_qkv against the merged formula in float64."""
 
+import re
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lora_cases import RESULTS, as_dtype, conditioning, formula, gradients, qkv_arguments
@@ -9,6 +13,7 @@ from lora_cases import RESULTS, as_dtype, conditioning, formula, gradients, qkv_
 import rskernels
 from rskernels.triton import lora, lora_backward
 from rskernels.triton.launch import config
+from rskernels.triton.lora_parts import as_tf32
 
 SCALE = 0.75
 
@@ -55,7 +60,7 @@ def check(assert_accurate, args, grad):
     (
         ((3, 50), 24, 16, (4, 2)),
         ((1,), 1, 1, (1, 1)),
-        ((2, 9), 70, 130, (70, 1)),  # more than one launch
+        ((2, 9), 70, 130, (70, 1)),  # more ranks than a tile has
     ),
 )
 def test_qkv_matches_float64_formula(device, dtype, assert_accurate, shape, bias):
@@ -173,6 +178,97 @@ def test_huge_values_stay_finite(device, dtype):
     assert all(found[name].isfinite().all() for name in ("y", "xa", "x"))
 
 
+def test_high_ranks_are_rounded_once(device, relative_error):
+    """The large product's results, y and dx, once more: not once for some of the ranks, then for others."""
+    args = to(qkv_arguments(torch.float16, rows=(40,), inputs=40, dim=24, ranks=(192, 130)), device)
+    with torch.no_grad():
+        for t in args[3:]:  # updates far below the large product: their own rounding is none of y's
+            t.mul_(0.05)
+    x, weight, bias, a, b, columns = split(args)
+    found = run(args, grad := torch.randn(40, 72).to(device, torch.float16))
+    y = torch.ops.rskernels.linear_forward(x, weight, bias, "none", False)[0].double()
+    dx = (grad @ weight).double()
+    for a_i, b_i, column in zip(a, b, columns, strict=True):
+        y[:, column : column + 24] += SCALE * x.double() @ a_i.double().T @ b_i.double().T
+        dx += SCALE * grad[:, column : column + 24].double() @ b_i.double() @ a_i.double()
+    for name, exact in (("y", y), ("x", dx)):
+        assert relative_error(found[name], exact) < 1.05 * relative_error(exact.half(), exact), name
+
+
+def test_rounding_to_tf32(device):
+    """The multiplier would cut the last 13 bits off."""
+
+    @triton.jit
+    def kernel(x, out, BLOCK: tl.constexpr):
+        at = tl.arange(0, BLOCK)
+        tl.store(out + at, as_tf32(tl.load(x + at)))
+
+    unit, inf = 2**-10, float("inf")
+    cases = [
+        (1 + 0.49 * unit, 1),
+        (-1 - 0.5 * unit, -1 - unit),
+        (1 + 0.51 * unit, 1 + unit),
+        (2 - 0.25 * unit, 2),
+        (3.4028234e38, inf),
+        (-inf, -inf),
+        (0, 0),
+        (2.0**-140, 0),
+    ]
+    x = torch.tensor([value for value, _ in cases], device=device)
+    out = torch.empty_like(x)
+    kernel[(1,)](x, out, BLOCK=len(cases))
+    assert out.tolist() == [expected for _, expected in cases]
+    # CUDA's own NaN has all bits set.
+    nan = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32, device=device).view(torch.float32)
+    kernel[(1,)](nan, out, BLOCK=2)
+    assert out[:2].isnan().all()
+
+
+def test_infinity_stays_in_its_part(device, dtype):
+    """One update's A or columns of the gradient do not reach the other's."""
+    args = to(qkv_arguments(dtype, rows=(40,)), device)
+    grad = torch.randn(40, 48).to(device, dtype)
+    clean = run(args, grad)
+    with torch.no_grad():
+        args[5][1, 3] = torch.inf
+    grad[7, 40] = torch.nan
+    spoiled = run(args, grad)
+    assert not spoiled["y"][:, 32:].isfinite().all()
+    assert torch.equal(spoiled["y"][:, :32], clean["y"][:, :32])
+    for name in ("a_q", "b_q"):
+        assert torch.equal(spoiled[name], clean[name]), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a": [torch.zeros(2, 3)]}, "a has shape (2, 3); expected (2, 8)"),
+        ({"b": [torch.zeros(4, 3)]}, "a has shape (2, 8); expected (3, 8)"),
+        ({"b": [torch.zeros(4)]}, "b has shape (4,); expected 2 dimensions"),
+        ({"a": [torch.zeros(0, 8)], "b": [torch.zeros(4, 0)]}, "expected a rank of at least 1"),
+        ({"a": []}, "0 of a, 1 of b, 1 columns"),
+        ({"first_columns": [10]}, "inside the 12 outputs"),
+        ({"first_columns": [-1]}, "inside the 12 outputs"),
+        ({"x": torch.zeros(5, 7)}, "x has shape (5, 7); expected (..., 8)"),
+        ({"weight": torch.zeros(12, 8).double()}, "weight is torch.float64 on cpu; expected torch.float32"),
+        ({"a": [torch.zeros(2, 8).half()]}, "a is torch.float16 on cpu; expected torch.float32"),
+        ({"b": [torch.zeros(4, 2, device="meta")]}, "b is torch.float32 on meta; expected"),
+        ({"grad": torch.zeros(5, 11)}, "grad has shape (5, 11); expected (5, 12)"),
+        ({"xa": torch.zeros(5, 3)}, "xa has shape (5, 3); expected (5, 2)"),
+        ({"xa": torch.zeros(5, 2).half()}, "xa is torch.float16 on cpu; expected torch.float32"),
+    ],
+)
+def test_a_direct_call_that_does_not_fit_is_refused(change, message):
+    call = {"x": torch.zeros(5, 8), "weight": torch.zeros(12, 8), "a": [torch.zeros(2, 8)]}
+    call |= {"b": [torch.zeros(4, 2)], "first_columns": [8], "scale": SCALE}
+    for_backward = {"grad": torch.zeros(5, 12), "xa": torch.zeros(5, 2), "mask": [True] * 3}
+    if not change.keys() & for_backward.keys():
+        with pytest.raises(ValueError, match=f"lora_forward.*{re.escape(message)}"):
+            lora.forward(bias=None, keep_xa=True, **call | change)
+    with pytest.raises(ValueError, match=f"lora_backward.*{re.escape(message)}"):
+        lora.backward(**call | for_backward | change)
+
+
 def test_same_bits_on_every_run(device, dtype):
     args = to(qkv_arguments(dtype, rows=(90,), inputs=20, dim=9), device)
     grad = torch.randn(90, 27).to(device, dtype)
@@ -188,8 +284,19 @@ def test_expanded_gradient(device, dtype):
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-@pytest.mark.parametrize("ranks", ["r16", "r128"])
-@pytest.mark.parametrize("kernel", ["add_update", "add_gradient", "sum_factor_gradients", "add_slices"])
+def test_xa_with_any_strides(device, dtype):
+    x, weight, _, a, b, columns = split(to(qkv_arguments(dtype), device))
+    xa, grad = torch.randn(3, 50, 6, device=device), torch.randn(3, 50, 48).to(device, dtype)
+    for strided in (xa.mT.contiguous().mT, xa[:1].expand(3, 50, 6)):
+        found, expected = (
+            lora.backward(grad, x, weight, a, b, t, columns, SCALE, [False, False, True])[2]
+            for t in (strided, strided.contiguous())
+        )
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("ranks", ["r16", "r64"])
+@pytest.mark.parametrize("kernel", ["project", "add_product", "sum_factor_gradients", "add_slices"])
 def test_candidates_fit_their_kernel(kernel, ranks):
     found = lora.candidates(kernel, f"half/{ranks}")
     assert 0 < len(found) <= 12
