@@ -228,13 +228,16 @@ def with_channels_together(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def expect(where: str, x: Tensor, shape: Sequence[int], like: Tensor) -> None:
-    """ValueError unless x has `shape`, and dtype and device of `like`; where: "operator: argument". Public
-    functions have refused what does not fit; an exported graph calls the operators themselves."""
+def expect(
+    where: str, x: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    """ValueError unless x has `shape`, and device and dtype (or `dtype`) of `like`; where: "operator: argument".
+    Public functions have refused what does not fit; an exported graph calls the operators themselves."""
     if x.shape != torch.Size(shape):
         raise ValueError(f"{where} has shape {tuple(x.shape)}; expected {tuple(shape)}")
-    if (x.dtype, x.device) != (like.dtype, like.device):
-        raise ValueError(f"{where} is {x.dtype} on {x.device}; expected {like.dtype} on {like.device}")
+    dtype = dtype or like.dtype
+    if (x.dtype, x.device) != (dtype, like.device):
+        raise ValueError(f"{where} is {x.dtype} on {x.device}; expected {dtype} on {like.device}")
 
 
 def dot_precision(dtype: torch.dtype, *, convolution: bool = False) -> str:

@@ -12,13 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rskernels.triton.launch import cdiv, launch
+from rskernels.triton.launch import cdiv, expect, launch
 from rskernels.triton.lora_parts import (
     Part,
     as_tf32,
     check,
     constants_of,
-    expect,
     launch_add_product,
     launch_project,
     part_of_inputs,
@@ -142,9 +141,9 @@ def backward(
     wants_x, wants_a, wants_b = mask
     name, ranks = "lora_backward", sum(a_i.shape[0] for a_i in a)
     check(name, x, weight, a, b, first_columns)
-    expect(name, "grad", grad, (*x.shape[:-1], weight.shape[0]), x)
+    expect(f"{name}: grad", grad, (*x.shape[:-1], weight.shape[0]), x)
     if wants_b:
-        expect(name, "xa", xa, (*x.shape[:-1], ranks), x, torch.float32)
+        expect(f"{name}: xa", xa, (*x.shape[:-1], ranks), x, torch.float32)
     x_rows, grad_rows, xa_rows = rows_of(x), rows_of(grad), rows_of(xa)
     parts = parts_of_outputs(b, first_columns)
     dx = (grad_rows @ weight).contiguous() if wants_x else grad.new_empty(0)

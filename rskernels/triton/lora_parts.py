@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rskernels.library import TRITON_DTYPES
-from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, launch, power_of_2
+from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, expect, launch, power_of_2
 
 MAX_RANKS = 64  # of one tile; what has more takes several
 ADDED_RANKS = 16  # of a step of add_product: more take too many registers where a factor has to be gathered
@@ -230,27 +230,14 @@ def check(
         width, rank = b_i.shape
         if rank == 0:
             raise ValueError(f"{name}: b has shape {tuple(b_i.shape)}; expected a rank of at least 1")
-        expect(name, "a", a_i, (rank, inputs), x)
-        expect(name, "b", b_i, (width, rank), x)
+        expect(f"{name}: a", a_i, (rank, inputs), x)
+        expect(f"{name}: b", b_i, (width, rank), x)
         if not free_column <= column <= outputs - width:
             raise ValueError(
                 f"{name}: columns {list(first_columns)} with b of shape {tuple(b_i.shape)}; "
                 f"expected updates in order, inside the {outputs} outputs"
             )
         free_column = column + width
-    expect(name, "weight", weight, (outputs, inputs), x)
+    expect(f"{name}: weight", weight, (outputs, inputs), x)
     if x.dtype not in TRITON_DTYPES:
         raise ValueError(f"{name}: x is {x.dtype}; expected float32, float16 or bfloat16")
-
-
-def expect(
-    name: str, what: str, tensor: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
-) -> None:
-    """`tensor` has `shape`, `dtype` (that of `like`, unless given) and the device of `like`."""
-    dtype = dtype or like.dtype
-    if tensor.shape != tuple(shape):
-        raise ValueError(f"{name}: {what} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
-    if tensor.dtype != dtype or tensor.device != like.device:
-        raise ValueError(
-            f"{name}: {what} is {tensor.dtype} on {tensor.device}; expected {dtype} on {like.device}"
-        )
