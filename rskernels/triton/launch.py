@@ -231,7 +231,7 @@ def with_channels_together(x: Tensor) -> Tensor:
 def expect(
     where: str, x: Tensor, shape: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
 ) -> None:
-    """ValueError unless x has `shape`, `dtype` or that of `like`, and its device; where: "operator: argument".
+    """ValueError unless x has `shape`, `dtype` (else that of `like`) and its device; where: "operator: name".
     Public functions have refused what does not fit; an exported graph calls the operators themselves."""
     if x.shape != torch.Size(shape):
         raise ValueError(f"{where} has shape {tuple(x.shape)}; expected {tuple(shape)}")
