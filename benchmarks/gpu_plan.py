@@ -100,7 +100,7 @@ class Part:
         for one in outcomes:
             problems = {line["ended"]: line["problem"] for line in one.told if line.get("problem")}
             problems |= {name: f"its process died: {useful_line(one.output)}" for name in one.died_in()}
-            if one.code and not problems:
+            if one.code and not one.died_in():  # between two things that it tells of
                 problems[one.name] = useful_line(one.output) or f"exit code {one.code}"
             failed |= problems
             if one.code is None and one.started:
@@ -149,8 +149,8 @@ class Correctness(Part):
         counts = {kind: list(ended.values()).count(kind) for kind in ("passed", "failed", "skipped")}
         counts["failed"] += sum(len(one.died_in()) for one in shares)
         counts["not_run"] = sum(one.last("collected") or 0 for one in shares) - sum(counts.values())
-        if found["status"] == "passed" and not counts["passed"]:
-            found |= {"status": "failed", "failed": {"tests": "none ran"}}
+        if found["status"] == "passed" and (counts["not_run"] or not counts["passed"]):
+            found |= {"status": "failed", "failed": {"tests": "none passed, or some were never begun"}}
         return found | {"tests": counts}
 
 

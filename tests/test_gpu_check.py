@@ -63,6 +63,8 @@ def test_correctness_needs_tests_that_passed(check):
     assert verdict["tests"] == {"passed": 1, "failed": 0, "skipped": 0, "not_run": 0}
     skipped = [{"collected": 1}, {"begun": "a"}, {"ended": "a", "outcome": "skipped"}]
     assert PARTS["correctness"].verdict(check, [told(*skipped, name="tests-1")])["status"] == "failed"
+    fewer = told({"collected": 2}, *fine[1:], name="tests-1")
+    assert PARTS["correctness"].verdict(check, [fewer])["status"] == "failed"
     broken = told(name="tests-2", code=2, output="ImportError: no module\n1 error")
     verdict = PARTS["correctness"].verdict(check, [told(*fine, name="tests-1"), broken])
     assert verdict["status"] == "failed" and verdict["failed"] == {"tests-2": "ImportError: no module"}
@@ -127,7 +129,7 @@ def fake_run(answers, identity=IDENTITY, host="a"):
     def fine(name):
         if name == "machine":
             return told({"machine": about}, name=name)
-        lines = [{"collected": 1}, {"begun": "a"}, {"ended": "a", "outcome": "passed", "said": "1 ms"}]
+        lines = [{"collected": 1}, {"begun": name}, {"ended": name, "outcome": "passed", "said": "1 ms"}]
         return told(*lines, name=name, output=SUMMARY)
 
     def run(commands, until, environment, at_once, interrupted):

@@ -50,13 +50,18 @@ def test_what_is_late_is_ended_and_what_it_told_is_kept(tmp_path, soon, check):
     lines = '{"begun": "a"}\n{"ended": "a", "problem": "wrong"}\n{"begun": "b"}\n{"ended": "b"'
     deaf = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     slow = python("slow", f"{deaf}open({str(file)!r}, 'w').write({lines!r}); time.sleep(99)", told=file)
-    started = time.monotonic()
-    outcomes = run([slow, python("next", "")], started + 1.5, os.environ, 1)
-    assert time.monotonic() - started < 5
+
+    def has_told():
+        return file.exists() and file.read_text() == lines
+
+    outcomes = run([slow, python("next", "")], time.monotonic() + 60, os.environ, 1, has_told)
     verdict = PARTS["tune"].verdict(check, outcomes[:1])
     assert verdict["failed"] == {"a": "wrong"} and verdict["cut_off"] == {"slow": "in b"}
     assert [(one.code, one.started) for one in outcomes] == [(None, True), (None, False)]
     assert PARTS["build"].verdict(check, outcomes[1:]) == {"status": "cut off", "never_begun": ["next"]}
+    started = time.monotonic()
+    (outcome,) = run([python("late", "import time; time.sleep(99)")], started + 0.6, os.environ)
+    assert outcome.code is None and outcome.started and time.monotonic() - started < 30
 
 
 def test_one_that_dies_goes_on_as_long_as_it_gets_further(tmp_path, check):
