@@ -1,38 +1,42 @@
 """What `benchmarks/gpu_check.py` runs in processes of their own: `python -m benchmarks.gpu_parts PART`.
 
-machine     name and description of what is measured on, as JSON
-pass        every operator once, forward and backward, small: what compute-sanitizer watches
+machine     name and description of what is measured on
+pass        every operator once, forward and backward, small (benchmarks.gpu_pass)
 tune        the Triton configurations of this GPU
 benchmark   the operators' suites, the targets' cases first, as far as the time goes
 models      whole models: images per second, share of the measured matrix peak
+charts      of the results, where matplotlib is installed
 
-Each prints one line of JSON last. On the CPU (`--device cpu`) they do the same in small.
+Each tells what it begins and what came of it in `--told FILE`. On the CPU (`--device cpu`) they do the same
+in small. Exit code 70: the device answers no more, another process may go on.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import faulthandler
+import gc
 import importlib
-import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import rskernels
-from benchmarks import SUITES, measure, models, report
+from benchmarks import SUITES, gpu_pass, measure, models, report
+from benchmarks.gpu_processes import END, FAULT, answers, tell, told
 from benchmarks.measure import Case
 from rskernels.triton.launch import capability_of, nearest_chip
 from rsmodels.files import read_json, write_json
 
 WHOLE = ("models", "crossearth", "ktda")
+GRACE = 15 + END  # seconds left for a case of which nothing is known
+HANGS = 150  # seconds after which a case is given up
 OPERATORS = tuple(suite for suite in SUITES if suite not in WHOLE)
 # How the names of the targets' cases begin, pass and shape; the first of a suite come first.
 TARGETS = {
@@ -47,69 +51,24 @@ TARGETS = {
 
 
 def machine() -> dict[str, Any]:
-    capability = capability_of(measure.device())
+    capability, described = capability_of(measure.device()), measure.machine()
     return {
         "name": measure.name_of_machine(),
-        "machine": measure.machine(),
+        "machine": described,
+        "identity": identity(described),
         "capability": capability,
         "chip": nearest_chip(capability),
     }
 
 
-def one_pass() -> dict[str, Any]:
-    """Every operator, in float32 and in half precision; sizes that divide no tile."""
-    done = []
-    half = torch.bfloat16
-    for dtype in (torch.float32, half):
-        for name, call in _calls(dtype):
-            outputs = call()
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            sum(output.float().sum() for output in outputs).backward()
-            done.append(f"{name} {str(dtype)[6:]}")
-    if measure.on_gpu():
-        torch.cuda.synchronize()
-    return {"calls": len(done)}
-
-
-def _calls(dtype: torch.dtype) -> Iterator[tuple[str, Any]]:
-    def some(*size: int, kind: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*size).to(measure.device(), kind).requires_grad_()
-
-    attention = partial(rskernels.rel_pos_attention, num_heads=2)
-    yield "global", lambda: attention(some(1, 9, 7, 192), some(17, 32), some(13, 32))
-    windowed = partial(attention, window_size=4, pad_qkv=some(192))
-    yield "windows", lambda: windowed(some(1, 9, 7, 192), some(7, 32), some(7, 32))
-    yield "plain", lambda: attention(some(2, 37, 1, 192), None, None)
-    mask = torch.rand(2, 5, 67, device=measure.device()) > 0.5
-    yield (
-        "masked",
-        lambda: rskernels.cross_attention(
-            some(2, 2, 5, 32), some(2, 2, 67, 32), some(2, 2, 67, 32), mask=mask
-        ),
-    )
-    yield "cross", lambda: rskernels.cross_attention(some(2, 2, 67, 16), some(2, 2, 7, 16), some(2, 2, 7, 16))
-    factors = some(4, 48), some(48, 4)
-    plain = some(2, 9, 48), some(144, 48).detach(), some(144).detach()
-    yield "lora_qkv", lambda: rskernels.lora_qkv(*plain, *factors, *factors, scale=0.5)
-    single = some(2, 9, 48), some(48, 48).detach(), some(48).detach()
-    yield "lora_linear", lambda: rskernels.lora_linear(*single, *factors, scale=0.5)
-    yield "distillation", lambda: rskernels.distillation_loss(some(2, 33, 5, 7), some(2, 33, 5, 7).detach())
-    # One loss alone: backward gets no gradient of the other.
-    maps = some(2, 33, 5, 7), some(2, 33, 5, 7).detach()
-    yield "distillation, KL", lambda: rskernels.distillation_loss(*maps)[0]
-    yield "distillation, MSE", lambda: rskernels.distillation_loss(*maps)[1]
-    branches = [some(24, 20, 3, 3) for _ in range(4)], [some(24) for _ in range(4)]
-    yield "aspp", lambda: rskernels.dilated_aspp(some(1, 20, 13, 11), *branches, activation="relu")
-    shapes = ((5, 7), (3, 3))
-    weights = some(2, 11, 2, 2, 4, kind=torch.float32)
-    yield (
-        "deformable",
-        lambda: rskernels.deformable_attention(
-            some(2, 44, 2, 16), shapes, some(2, 11, 2, 2, 4, 2, kind=torch.float32), weights
-        ),
-    )
-    yield "linear", lambda: rskernels.linear(some(2, 9, 48), some(24, 48), some(24), activation="gelu")
-    yield "layer_norm", lambda: rskernels.layer_norm(some(9, 48), some(48), some(48))
+def identity(described: dict[str, Any]) -> dict[str, str]:
+    """What figures of two machines have to share to stand in one table: not the host, nor the driver."""
+    return {
+        "processor": described["processor"],
+        "capability": described["capability"],
+        "torch": described["torch"],
+        "triton": described["peers"].get("triton", ""),
+    }
 
 
 def tune(seconds: float) -> dict[str, Any]:
@@ -169,22 +128,40 @@ def without_compiled(case: Case) -> Case:
     return replace(case, build=lambda: {name: c for name, c in build().items() if "compile" not in name})
 
 
-def run(cases: Sequence[tuple[str, Case]], path: Path, seconds: float) -> dict[str, Any]:
-    """Measure the cases in their order until the time is over; after every case, `path` has it."""
-    stop = time.monotonic() + seconds
-    limits = report.limits()
-    done, problems = 0, []
-    for suite, case in cases:
-        if time.monotonic() > stop:
-            break
+def run(cases: Sequence[tuple[str, Case]], figures: Figures, until: float, file: Path | None) -> bool:
+    """Measure those cases that no process of this run began, in `Figures.order`, each where the time is
+    likely to suffice. False where the device answers no more."""
+    before = {line.get("begun") for line in told(file)}
+    limits, left, longest = figures.limits, 0, dict[str, float]()
+    tell(file, limits=limits)
+    for suite, case in figures.order(cases):
+        name = f"{suite}: {case.name}"
+        needed = figures.seconds(suite, case.name) or longest.get(suite, 0.0)
+        seconds = until - time.monotonic()
+        if name in before:
+            continue
+        if seconds < max(GRACE, needed + END):
+            left += 1
+            continue
+        tell(file, begun=name)
+        figures.keep(suite, {"case": case.name, "not_reported": "was begun and did not end"}, first=True)
+        faulthandler.dump_traceback_later(min(HANGS, seconds), exit=True)
+        begun = time.monotonic()
         row = report.run_case(case, memory=measure.on_gpu(), budget=0.5 if measure.on_gpu() else 0.0)
         row |= report.roofline(case, row, limits)
-        keep(path, suite, row, limits)
-        done += 1
-        if "not_reported" in row:
-            problems.append(f"{suite}, {case.name}: {row['not_reported']}")
-        print(f"{suite}: {case.name}: {_said(row)}", flush=True)
-    return {"cases": done, "left": len(cases) - done, "not_reported": problems, "limits": limits}
+        gc.collect()
+        faulthandler.cancel_dump_traceback_later()
+        longest[suite] = max(longest.get(suite, 0.0), taken := time.monotonic() - begun)
+        figures.keep(suite, row | {"took_seconds": taken})
+        problem, said = row.get("not_reported", ""), _said(row)
+        print(f"{name}: {said}", flush=True)
+        tell(file, ended=name, **({"problem": problem} if problem else {"said": said}))
+        if problem and not answers():
+            return False
+        if measure.on_gpu():
+            torch.cuda.empty_cache()
+    tell(file, left=left)
+    return True
 
 
 def _said(row: dict[str, Any]) -> str:
@@ -198,23 +175,77 @@ def _said(row: dict[str, Any]) -> str:
     return ", ".join(words)
 
 
-def keep(path: Path, suite: str, row: dict[str, Any], limits: dict[str, float]) -> None:
-    """Put a row into the results, as `benchmarks.report` has them: in place of that of the same case. Results
-    of another machine, or of other versions, go."""
-    results: dict[str, Any] = {"machine": measure.machine(), "suites": {}}
-    if path.exists():
-        kept = read_json(path)
-        if kept["machine"] == results["machine"]:
-            results = kept
-    rows = results["suites"].get(suite, {"cases": []})["cases"]
-    by_name = {one["case"]: one for one in rows} | {row["case"]: row}
-    results["suites"][suite] = {
-        "date": datetime.date.today().isoformat(),
-        "matrix_peak_gflops": {name: limits[name] / 1e9 for name in limits if name != "copy"},
-        "copy_gbytes_per_second": limits["copy"] / 1e9,
-        "cases": list(by_name.values()),
-    }
-    write_json(path, results)
+@dataclass
+class Figures:
+    """The results in `path`, as `benchmarks.report` has them, and the rows of `sources` in them."""
+
+    path: Path
+    sources: str
+    limits: dict[str, float]
+
+    def __post_init__(self) -> None:
+        """Results of another chip, or of other versions, are set aside, and `note` says so."""
+        self.results: dict[str, Any] = {"machine": measure.machine(), "suites": {}}
+        self.note = ""
+        if not self.path.exists():
+            return
+        try:
+            kept = read_json(self.path)
+            if identity(kept["machine"]) != identity(self.results["machine"]):
+                raise ValueError("of another chip or other versions")
+            self.results["suites"] = dict(kept["suites"])
+            self._rows()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            aside = self.path.with_name(f"{self.path.name}.old")
+            self.path.replace(aside)
+            self.results["suites"] = {}
+            self.note = f"{self.path} is set aside as {aside.name}: {error}"
+
+    def _rows(self) -> dict[tuple[str, str], dict[str, Any]]:
+        suites = self.results["suites"].items()
+        return {(suite, row["case"]): row for suite, found in suites for row in found["cases"]}
+
+    def order(self, cases: Sequence[tuple[str, Case]]) -> list[tuple[str, Case]]:
+        """Cases without a row first, then those of other sources, then the oldest."""
+        rows = self._rows()
+
+        def age(item: tuple[str, Case]) -> tuple[bool, bool, str]:
+            row = rows.get((item[0], item[1].name))
+            if row is None:
+                return False, False, ""
+            return True, row.get("sources") == self.sources, row.get("measured", "")
+
+        return sorted(cases, key=age)
+
+    def seconds(self, suite: str, case: str) -> float:
+        """That a case took the last time; 0 where nothing is known."""
+        return self._rows().get((suite, case), {}).get("took_seconds", 0.0)
+
+    def keep(self, suite: str, row: dict[str, Any], first: bool = False) -> None:
+        """Put a row into the file, in place of that of the same case; `first`: only where there is none."""
+        rows = self.results["suites"].get(suite, {"cases": []})["cases"]
+        by_name = {one["case"]: one for one in rows}
+        if first and row["case"] in by_name:
+            return
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
+        by_name[row["case"]] = row | {"measured": now, "sources": self.sources}
+        self.results["suites"][suite] = {
+            "date": datetime.date.today().isoformat(),
+            "matrix_peak_gflops": {name: self.limits[name] / 1e9 for name in self.limits if name != "copy"},
+            "copy_gbytes_per_second": self.limits["copy"] / 1e9,
+            "cases": list(by_name.values()),
+        }
+        write_json(self.path, report.rounded(self.results))
+
+
+def limits(file: Path | None) -> dict[str, float]:
+    """What this machine reaches, measured once a run: `file` hands it on to later processes."""
+    if file is not None and file.exists():
+        return read_json(file)
+    found = report.limits()
+    if file is not None:
+        write_json(file, found)
+    return found
 
 
 def draw(path: Path) -> None:
@@ -231,28 +262,44 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("part", choices=("machine", "pass", "tune", "benchmark", "models"))
+    parts = ("machine", "pass", "tune", "benchmark", "models", "charts")
+    parser.add_argument("part", choices=parts)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="nothing new is begun after that")
+    parser.add_argument(
+        "--until", type=float, default=float("inf"), help="of time.monotonic(): the caller ends it then"
+    )
+    parser.add_argument("--told", type=Path, help="the file in which it tells what it does")
     parser.add_argument("--results", type=Path, help="the JSON file that benchmark and models write")
+    parser.add_argument("--sources", default="", help="digest of the code that is measured, for its rows")
+    parser.add_argument("--limits", type=Path, help="the file with the machine's limits, once they are known")
     options = parser.parse_args(argv)
-    if options.part in ("benchmark", "models") and options.results is None:
+    if options.part in ("benchmark", "models", "charts") and options.results is None:
         parser.error(f"{options.part} needs --results FILE")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("error: PyTorch sees no CUDA device", file=sys.stderr)
+        return 1
+    if options.part == "charts":
+        draw(options.results)
+        return 0
     with measure.on(options.device):
-        if options.part == "machine":
-            found = machine()
-        elif options.part == "pass":
-            found = one_pass()
-        elif options.part == "tune":
-            found = tune(options.seconds)
-        else:
-            cases = operators_cases() if options.part == "benchmark" else models_cases()
-            if options.part == "models":
-                cases = [(suite, without_compiled(case)) for suite, case in cases]
-            found = run(cases, options.results, options.seconds)
-            draw(options.results)
-    print(json.dumps(found), flush=True)
-    return 0
+        return 0 if _run_part(options) else FAULT
+
+
+def _run_part(options: argparse.Namespace) -> bool:
+    """False where the device answers no more."""
+    if options.part == "pass":
+        return gpu_pass.run(options.told)
+    if options.part in ("benchmark", "models"):
+        figures = Figures(options.results, options.sources, limits(options.limits))
+        if figures.note:
+            tell(options.told, note=figures.note)
+        cases = operators_cases() if options.part == "benchmark" else models_cases()
+        if options.part == "models":
+            cases = [(suite, without_compiled(case)) for suite, case in cases]
+        return run(cases, figures, options.until, options.told)
+    found = machine() if options.part == "machine" else tune(options.until - time.monotonic() - GRACE)
+    tell(options.told, **{"machine" if options.part == "machine" else "found": found})
+    return True
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ paper where their code does another thing (KL, place of FMM), so that both compu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,11 +20,12 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 import rsmodels
-from benchmarks.measure import Call, Case, batches, device
+from benchmarks.measure import Call, Case, batches, device, on_gpu
 from rsmodels.heads.upernet import UPerNetHead
 from rsmodels.methods.teacher import Teacher
 
 OURS, PEER = "rskernels", "eager, as the authors' code"
+CHANNELS_LAST = "rskernels, channels-last"
 BILINEAR: dict[str, Any] = {"mode": "bilinear", "align_corners": False}
 
 
@@ -125,28 +127,40 @@ def _build_step(size: int, batch: int, dtype: torch.dtype) -> dict[str, Call]:
     model, teacher, peer = _models(size)
     images = torch.randn(batch, 3, size, size).to(device())
     mask = torch.randint(5, (batch, size, size)).to(device())
-    parameters = list(model.parameters())
 
-    def ours() -> Tensor:
+    def ours(model: Any, images: Tensor) -> Tensor:
         data = {"image": images, "mask": mask, "teacher": teacher(images)}
         return torch.stack(list(model.losses(data).values())).sum()
 
-    def step(loss: Callable[[], Tensor]) -> Tensor:
+    def step(model: nn.Module, loss: Callable[[], Tensor]) -> Tensor:
         with _autocast(dtype):
-            gradients = torch.autograd.grad(loss(), parameters)
+            gradients = torch.autograd.grad(loss(), list(model.parameters()))
         return torch.cat([gradient.flatten() for gradient in gradients])
 
-    return {OURS: partial(step, ours), PEER: partial(step, partial(peer.loss, images, mask))}
+    calls: dict[str, Call] = {
+        name: partial(step, one, partial(ours, one, pixels)) for name, one, pixels in _layouts(model, images)
+    }
+    return calls | {PEER: partial(step, model, partial(peer.loss, images, mask))}
+
+
+def _layouts(model: nn.Module, images: Tensor) -> list[tuple[str, Any, Tensor]]:
+    """The model and its input as they are; on a GPU also with weights and input channels-last."""
+    found = [(OURS, model, images)]
+    if on_gpu():
+        layout = torch.channels_last
+        other = copy.deepcopy(model).to(memory_format=layout)
+        found.append((CHANNELS_LAST, other, images.contiguous(memory_format=layout)))
+    return found
 
 
 def _build_prediction(size: int, dtype: torch.dtype) -> dict[str, Call]:
     model, _, peer = _models(size)
     images = torch.randn(batches(), 3, size, size).to(device())
     model.eval()
-    return {
-        OURS: partial(_predict, model, images, dtype),
-        PEER: partial(_predict, peer.predict, images, dtype),
+    calls: dict[str, Call] = {
+        name: partial(_predict, one, pixels, dtype) for name, one, pixels in _layouts(model, images)
     }
+    return calls | {PEER: partial(_predict, peer.predict, images, dtype)}
 
 
 def _build_with_teacher(size: int, dtype: torch.dtype) -> dict[str, Call]:
@@ -179,6 +193,7 @@ def cases() -> list[Case]:
             build=partial(_build_step, size, 2 * batches(), dtype),
             dtype=dtype,
             reference=PEER,
+            beside=(CHANNELS_LAST,),
             images=2 * batches(),
             counted=OURS,
             # UPerNet's coarsest batch norm sees two values per channel, and makes much of their rounding.
@@ -193,7 +208,7 @@ def cases() -> list[Case]:
             dtype=dtype,
             reference=reference,
             tolerance=1e-4 if dtype == torch.float32 else 8e-2,
-            beside=("with the teacher",),
+            beside=("with the teacher", CHANNELS_LAST),
             images=batches(),
             counted=OURS,
         )

@@ -25,6 +25,7 @@ import torch
 
 from benchmarks import SUITES
 from benchmarks.measure import (
+    Call,
     Case,
     arithmetic,
     copy_bandwidth,
@@ -52,15 +53,23 @@ FIGURES = 6  # significant ones of every number that is written: timings repeat 
 
 
 def run_case(case: Case, memory: bool = True, budget: float = 2.0) -> dict[str, object]:
-    """Everything that is published about one case but its share of the roofline."""
+    """Everything that is published about one case but its share of the roofline. Whatever it raises is why
+    the case is not reported: faults of a GPU show anywhere behind the call that made them."""
     torch.compiler.reset()  # else the shapes of earlier cases make a compiled peer a dynamic one
     row: dict[str, object] = {"case": case.name}
     try:
         calls = case.build()
     except Exception as error:
-        return row | {"not_reported": f"does not build: {type(error).__name__}: {error}"}
+        return row | {"not_reported": f"does not build: {in_one_line(error)}"}
+    try:
+        return row | _figures(case, calls, memory, budget)
+    except Exception as error:
+        return row | {"not_reported": in_one_line(error)}
+
+
+def _figures(case: Case, calls: Mapping[str, Call], memory: bool, budget: float) -> dict[str, object]:
     errors, missing = first_calls(case, calls)
-    row |= {"errors": errors} | ({"not_available": missing} if missing else {})
+    row: dict[str, object] = {"errors": errors} | ({"not_available": missing} if missing else {})
     for name in (case.reference, case.ours):
         if name in missing:
             return row | {"not_reported": f"{name}: {missing[name]}"}
@@ -79,6 +88,12 @@ def run_case(case: Case, memory: bool = True, budget: float = 2.0) -> dict[str, 
         taken = {name: peak_bytes(call) for name, call in calls.items()}
         row["peak_mib"] = {name: value / 2**20 for name, value in taken.items() if value is not None}
     return row
+
+
+def in_one_line(error: Exception) -> str:
+    """Its type and its first line: what follows in CUDA's errors is the same for all."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200].rstrip(": ")
 
 
 def limits() -> dict[str, float]:

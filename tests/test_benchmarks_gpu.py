@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import rskernels
+import rsmodels
 from benchmarks import (
     SUITES,
     attention_peers,
     cross_attention,
     crossearth,
     distillation_loss,
+    ktda,
     lora,
     measure,
     models,
@@ -93,6 +96,32 @@ def test_loras_and_the_distillation_losss_peers(as_on_gpu, monkeypatch):
     run(lora, {"PEFT, q, k, v apart", "without LoRA"})
     small(monkeypatch, distillation_loss, [(2, 8, 4, 4)])
     run(distillation_loss, {"Liger's KL"})
+
+
+@pytest.mark.parametrize("step", [True, False])
+def test_ktda_is_measured_channels_last_too(as_on_gpu, monkeypatch, step):
+    torch.manual_seed(0)
+    model = rsmodels.create_model("ktda_tiny", num_classes=5, image_size=64).train()
+    teacher = rsmodels.create_teacher("dinov2_vit_tiny", image_size=64)
+
+    def loss(images, mask):
+        batch = {"image": images, "mask": mask, "teacher": teacher(images)}
+        return torch.stack(list(model.losses(batch).values())).sum()
+
+    peer = SimpleNamespace(predict=model, loss=loss)
+    monkeypatch.setattr(ktda, "_models", lambda size: (model, teacher, peer))
+    monkeypatch.setattr(ktda, "batches", lambda: 2)
+    build = partial(ktda._build_step, 64, 2) if step else partial(ktda._build_prediction, 64)
+    calls = build(torch.float32)
+    case = next(case for case in ktda.cases() if case.name.startswith("both") == step)
+    errors, missing = first_calls(case, calls)
+    assert set(errors) == {ktda.OURS, ktda.CHANNELS_LAST, ktda.PEER} and not missing
+    assert ktda.CHANNELS_LAST in case.beside
+    theirs, ours = (calls[name].args[0] for name in (ktda.CHANNELS_LAST, ktda.OURS))
+    layout = torch.channels_last
+    wide = [name for name, p in model.named_parameters() if p.dim() == 4 and min(p.shape[1:]) > 1]
+    assert wide and all(theirs.get_parameter(name).is_contiguous(memory_format=layout) for name in wide)
+    assert all(ours.get_parameter(name).is_contiguous() for name in wide)
 
 
 class FakeEvent:
@@ -180,6 +209,23 @@ def test_a_models_row_has_images_per_second_and_its_share_of_the_peak(as_on_gpu,
     assert row["images_per_second"]["rskernels"] == 8 and row["counted_flops"] == 2 * 4 * 8 * 16
     share = report.roofline(case, row, {"float32": 4096.0, "copy": 1.0})
     assert share == {"share_of_roofline": pytest.approx(0.5), "bound_by": "arithmetic"}
+
+
+@pytest.mark.parametrize("place", ["seconds", "peak_bytes", "arithmetic"])
+def test_a_fault_that_shows_late_is_why_a_case_is_not_reported(as_on_gpu, monkeypatch, place):
+    def faults(*_, **__):
+        raise RuntimeError("CUDA error: an illegal access\nCompile with `TORCH_USE_CUDA_DSA`")
+
+    for name in ("seconds", "peak_bytes", "arithmetic"):
+        monkeypatch.setattr(report, name, lambda calls, **_: dict.fromkeys(calls, 1) if _ else 1.0)
+    monkeypatch.setattr(report, place, faults)
+    x = torch.ones(3)
+    calls = {"rskernels": lambda: x + x, "eager": lambda: 2 * x}
+    case = Case(name="late", build=lambda: calls, dtype=torch.float32, counted="eager")
+    assert report.run_case(case) == {
+        "case": "late",
+        "not_reported": "RuntimeError: CUDA error: an illegal access",
+    }
 
 
 def test_a_machine_without_a_gpu_says_so(capsys):
