@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(ABC):
     """`seconds` is its budget, start-ups and ends of its processes included."""
 
     name: str
@@ -86,8 +87,9 @@ class Part:
     sources: ClassVar[tuple[str, ...]] = ("rskernels",)  # its verdict is worth nothing for others
     alone: ClassVar[bool] = False  # timings want the device to themselves
 
+    @abstractmethod
     def commands(self, check: Check) -> list[Command]:
-        raise NotImplementedError
+        """The processes to run, in this order."""
 
     def at_once(self) -> int:
         return 1 if self.alone else cores()

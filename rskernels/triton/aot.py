@@ -308,14 +308,18 @@ def main(argv: list[str] | None = None) -> int:
         for row in compile_all(missing, options.jobs):
             known[row.digest] = row
             _print(row)
+            if options.output:  # row by row: it takes minutes, and can be stopped
+                write_table(options.output, known.values())
     rows = [known[digest] for digest in wanted if digest in known]
     for row in rows:
         if not row.fits:
             print(f"does not fit: {row}")
     if options.output:
         write_table(options.output, rows)
-    complete = options.check is None or not missing
-    return 0 if complete and all(row.fits for row in rows) else 1
+    if options.check:
+        return 0 if not missing and all(row.fits for row in rows) else 1
+    # Another Triton may spill where the configurations' own does not: slower, and no reason to fail.
+    return 0 if all(row.shared <= SHARED_LIMIT[row.chip] for row in rows) else 1
 
 
 def _name(build: Build) -> str:
