@@ -10,6 +10,7 @@ deformable_attention_backward.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -21,10 +22,10 @@ from torch import Tensor
 from rskernels.library import TRITON_DTYPES
 from rskernels.triton.deformable_attention_backward import sample_gradients, value_gradient
 from rskernels.triton.deformable_attention_tiles import corner, level_size, odd, sample_place, tile
-from rskernels.triton.launch import cdiv, launch, with_channels_together
+from rskernels.triton.launch import cdiv, launch, meaningful, with_channels_together
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     value, locations, weights, out, odd_sides,
     rows, heads, dim, points, batch_stride, pixel_stride, head_stride,
@@ -155,6 +156,18 @@ def candidates(kernel: str, shape_class: str) -> list[dict[str, int]]:
     return [{"BLOCK_R": r, "num_warps": w, "num_stages": 1} for r in rows for w in (2, 4, 8)]
 
 
+def sampled(levels: tuple[tuple[int, int], ...], queries: int, heads: int, points: int) -> Tensor:
+    """Locations as a model's: about two pixels of their level from their query's place in the image."""
+    generator = torch.Generator().manual_seed(queries)
+    offsets = torch.randn(2, queries, heads, len(levels), points, 2, generator=generator)
+    sides = torch.tensor([(width, height) for height, width in levels])
+    along = math.ceil(math.sqrt(queries))
+    query = torch.arange(queries)
+    places = torch.stack([query % along, query // along], -1).add(0.5).div(along)
+    locations = places[:, None, None, None] + 2 * offsets / sides[:, None]
+    return meaningful(locations.clamp(0, 1))
+
+
 def examples() -> Iterator[tuple[str, Callable[[], None]]]:
     """Mask2Former's pixel decoder, ViT-Adapter's extractor, and a shape of every other head dim's class."""
 
@@ -169,9 +182,10 @@ def examples() -> Iterator[tuple[str, Callable[[], None]]]:
         sides = [side for level in levels for side in level]
         pixels = sum(height * width for height, width in levels)
         value = torch.empty(2, pixels, heads, dim, dtype=dtype)
-        locations = torch.empty(2, queries, heads, len(levels), points, 2)
-        out = forward(value, sides, locations, locations[..., 0])
-        backward(out, value, sides, locations, locations[..., 0], [True] * 3)
+        locations = sampled(levels, queries, heads, points)
+        weights = torch.empty(locations.shape[:-1])
+        out = forward(value, sides, locations, weights)
+        backward(out, value, sides, locations, weights, [True] * 3)
 
     pyramid = ((16, 16), (32, 32), (64, 64))
     calls = {

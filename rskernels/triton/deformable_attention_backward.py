@@ -39,7 +39,7 @@ def grad_tile(grad, row, row_in, channels, channels_in, dim):
     return tl.load(at, mask=row_in[:, None] & channels_in[None, :], other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def samples_kernel(
     grad, value, locations, weights, grad_locations, grad_weights, odd_sides,
     rows, heads, dim, points, batch_stride, pixel_stride, head_stride,
@@ -101,7 +101,7 @@ def samples_kernel(
         level_at += tl.full((), 1, tl.int64) * height * width * pixel_stride
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["samples", "rows", "cells", "nowhere"])
 def keys_kernel(
     locations, weights, keys, odd_sides, samples, rows, heads, points, cells, nowhere,
     LEVELS: tl.constexpr, BLOCK: tl.constexpr,
@@ -167,6 +167,19 @@ def gather_kernel(
     tl.store(to, tl.sum(total, 0).to(grad_value.dtype.element_ty), mask=channels_in)
 
 
+def noted_keys(locations: Tensor, sizes: list[tuple[int, int]], cells: int) -> Tensor:
+    """What keys_kernel writes: the tuner replays the launches after it with the runs that samples make."""
+    batch, _, heads, *_ = locations.shape
+    sides = torch.tensor([(width, height) for height, width in sizes])
+    x, y = (locations.float() * sides[:, None] - 0.5).floor().long().unbind(-1)
+    width, height = (side[:, None] for side in sides.unbind(-1))
+    first = ((width + 1) * (height + 1)).cumsum(0) - (width + 1) * (height + 1)
+    plane = torch.arange(batch)[:, None] * heads + torch.arange(heads)
+    key = plane[:, None, :, None, None] * cells + first + (y + 1) * (width + 1) + x + 1
+    inside = (x >= -1) & (x < width) & (y >= -1) & (y < height)
+    return torch.where(inside, key, batch * heads * cells).flatten()
+
+
 def sample_gradients(
     grad: Tensor, value: Tensor, sides: tuple[int, ...], locations: Tensor, weights: Tensor,
     wants_locations: bool, wants_weights: bool,
@@ -206,8 +219,8 @@ def value_gradient(
         keys_kernel, (cdiv(samples, KEYS_BLOCK),), locations, weights, keys, odd(sides),
         samples, rows, heads, points, cells, nowhere, LEVELS=levels, BLOCK=KEYS_BLOCK, num_warps=4,
     )  # fmt: skip
-    if is_noting():  # nothing was written: the tuner replays samples spread over all cells
-        keys = (torch.arange(samples, device=keys.device) * nowhere // max(samples, 1)).to(keys.dtype)
+    if is_noting():  # nothing was written
+        keys.copy_(noted_keys(locations, sizes, cells))
     keys, order = keys.sort(stable=True)
     starts = torch.searchsorted(keys, torch.arange(nowhere + 1, dtype=keys.dtype, device=keys.device))
     first_pixel = first_cell = 0

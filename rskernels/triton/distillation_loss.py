@@ -18,66 +18,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rskernels.triton.distillation_loss_tiles import check, tile_of, walk_of
+from rskernels.triton.distillation_loss_sums import keep, shifts, sum_groups
+from rskernels.triton.distillation_loss_tiles import check, exactness, grouping, parts_of, tile_of, walk_of
 from rskernels.triton.launch import cdiv, launch
 
 LOG2_E = math.log2(math.e)
-ENOUGH_PROGRAMS = 96  # below, the values of a distribution are shared out among programs
 TOTAL_BLOCK = 1024
 MERGE_BLOCK = 128
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
-@triton.jit
-def _log_ratio(a, b):
-    """ln(a / b), exact to float32's digits where a and b are close: the hardware's logarithm is not."""
-    z = (a - b) / (a + b)
-    z2 = z * z
-    close = 2 * z * (1 + z2 * (1 / 3 + z2 * (1 / 5 + z2 * (1 / 7))))
-    return tl.where(tl.abs(z) < 0.1, close, tl.log(a / b))
-
-
-@triton.jit
-def _divergence(top_s, sum_s, top_t, sum_t, weighted, per_temperature, STUDENT_FIRST: tl.constexpr):
-    """Of one distribution, at no T²; and the mean of s - t under the first map's probabilities."""
-    tops = top_s - top_t
-    if STUDENT_FIRST:
-        mean = weighted / sum_s
-        return (mean - tops) * per_temperature - _log_ratio(sum_s, sum_t), mean
-    mean = weighted / sum_t
-    return (tops - mean) * per_temperature - _log_ratio(sum_t, sum_s), mean
-
-
-@triton.jit
-def _keep(
-    stats, at, count, top_s, sum_s, top_t, sum_t, weighted, squares, mask, program_sums, per_temperature,
-    STUDENT_FIRST: tl.constexpr,
-):  # fmt: skip
-    """Write what backward needs of some distributions, and their part of both losses."""
-    kl, mean = _divergence(top_s, sum_s, top_t, sum_t, weighted, per_temperature, STUDENT_FIRST)
-    tl.store(stats + at, top_s, mask=mask)
-    tl.store(stats + count + at, 1 / sum_s, mask=mask)
-    if STUDENT_FIRST:
-        tl.store(stats + 2 * count + at, mean, mask=mask)
-    else:
-        tl.store(stats + 2 * count + at, top_t, mask=mask)
-        tl.store(stats + 3 * count + at, 1 / sum_t, mask=mask)
-    program = tl.program_id(0)
-    tl.store(program_sums + program, tl.sum(tl.where(mask, kl, 0.0)))
-    tl.store(program_sums + tl.num_programs(0) + program, tl.sum(tl.where(mask, squares, 0.0)))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["d1", "d2", "values", "count", "part"])
 def forward_kernel(
     student, teacher, stats, sums, partial, d1, d2, values, count, part,
     s0, s1, sm, sn, t0, t1, tm, tn, r0, r1, rm, scale, per_temperature,
-    STUDENT_FIRST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    STUDENT_FIRST: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, SHIFT: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_M: tl.constexpr, ALIGN_N: tl.constexpr, OUTER: tl.constexpr,
+    INNER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Softmax sums of one tile of distributions, over `part` of their values, by running maxima.
+    """Softmax sums of one tile of distributions, over `part` of their values (full tiles), by running maxima.
 
     A map's value lies at i0·s0 + i1·s1 + m·sm + n·sn, m below d2 and n below `values`; its statistics at
-    i0·r0 + i1·r1 + m·rm. SPLIT: the sums go to partial (parts, 6, count), for merge_kernel.
+    i0·r0 + i1·r1 + m·rm. SPLIT: the sums go to partial (parts, 7, count), for merge_kernel.
+    ALIGN, ALIGN_M, ALIGN_N: of strides, d2 and values (Walk). OUTER and INNER: a tile's values n are
+    (outer, lane, inner), those of a lane in one thread's registers.
     """
+    LANES: tl.constexpr = BLOCK_N // (OUTER * INNER)
+    SHAPE: tl.constexpr = (BLOCK_M, OUTER, LANES, INNER)
+    d2, values = d2 // ALIGN_M * ALIGN_M, values // ALIGN_N * ALIGN_N
     blocks = tl.cdiv(d2, BLOCK_M)
     outer = (tl.program_id(0) // blocks).to(tl.int64)
     i0, i1 = outer // d1, outer % d1
@@ -88,57 +56,78 @@ def forward_kernel(
         n = n.to(tl.int64)
     m_in = m < d2
     rows = m_wide if WIDE else m
-    from_student = student + i0 * s0 + i1 * s1 + rows[:, None] * sm + n[None, :] * sn
-    from_teacher = teacher + i0 * t0 + i1 * t1 + rows[:, None] * tm + n[None, :] * tn
-    top_s = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    top_t = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    # Sums stay in the lanes until the end: a tile's only exchange between them is that of the maxima.
-    sum_s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sum_t = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    weighted = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    squares = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    m_s, m_t, n_s, n_t = rows * sm, rows * tm, n * sn, n * tn
+    if ALIGN > 1 and ALIGN < 16:
+        m_s, n_s = tl.multiple_of(m_s, ALIGN), tl.multiple_of(n_s, ALIGN)
+        m_t, n_t = tl.multiple_of(m_t, ALIGN), tl.multiple_of(n_t, ALIGN)
+    row_s = student + i0 * s0 + i1 * s1 + m_s
+    row_t = teacher + i0 * t0 + i1 * t1 + m_t
+    from_student = row_s[:, None] + n_s[None, :]
+    from_teacher = row_t[:, None] + n_t[None, :]
+    shift = tl.zeros((BLOCK_M,), tl.float32)
+    if SHIFT:
+        shift, shift_s, shift_t = shifts(row_s, row_t, sn, tn, values, m_in)
+    # Tops and sums stay in the lanes until the end. A top begins with a finite number: -inf - -inf is NaN.
+    top_s = tl.full((BLOCK_M, LANES), LOWEST, tl.float32)
+    top_t = tl.full((BLOCK_M, LANES), LOWEST, tl.float32)
+    sum_s = tl.zeros((BLOCK_M, LANES), tl.float32)
+    sum_t = tl.zeros((BLOCK_M, LANES), tl.float32)
+    weighted = tl.zeros((BLOCK_M, LANES), tl.float32)
+    squares = tl.zeros((BLOCK_M, LANES), tl.float32)
+    part = part // BLOCK_N * BLOCK_N
     first = tl.program_id(1) * part
     for start in tl.range(first, min(first + part, values), BLOCK_N, num_stages=STAGES):
         at = start.to(tl.int64) if WIDE else start
+        at_s, at_t = at * sn, at * tn
+        if ALIGN > 1 and ALIGN < 16:
+            at_s, at_t = tl.multiple_of(at_s, ALIGN), tl.multiple_of(at_t, ALIGN)
         n_in = ((start + n) < values)[None, :]
         inside = m_in[:, None] & n_in
-        s = tl.load(from_student + at * sn, mask=inside, other=0.0).to(tl.float32)
-        t = tl.load(from_teacher + at * tn, mask=inside, other=0.0).to(tl.float32)
-        difference = s - t
-        squares += difference * difference
-        s = tl.where(n_in, s, float("-inf"))
-        t = tl.where(n_in, t, float("-inf"))
-        new_s, new_t = tl.maximum(top_s, tl.max(s, 1)), tl.maximum(top_t, tl.max(t, 1))
-        shrink_s = tl.exp2((top_s - new_s) * scale)[:, None]
-        shrink_t = tl.exp2((top_t - new_t) * scale)[:, None]
-        e_s = tl.exp2((s - new_s[:, None]) * scale)
-        e_t = tl.exp2((t - new_t[:, None]) * scale)
-        sum_s = sum_s * shrink_s + e_s
-        sum_t = sum_t * shrink_t + e_t
+        s = tl.load(from_student + at_s, mask=inside, other=0.0).to(tl.float32)
+        t = tl.load(from_teacher + at_t, mask=inside, other=0.0).to(tl.float32)
+        difference = tl.reshape(s - t, SHAPE)
+        squares += sum_groups(difference * difference)
+        if SHIFT:
+            difference = tl.reshape((s - shift_s[:, None]) - (t - shift_t[:, None]), SHAPE)
+        s = tl.reshape(tl.where(n_in, s, float("-inf")), SHAPE)
+        t = tl.reshape(tl.where(n_in, t, float("-inf")), SHAPE)
+        new_s = tl.maximum(top_s, tl.max(tl.max(s, 3), 1))
+        new_t = tl.maximum(top_t, tl.max(tl.max(t, 3), 1))
+        shrink_s = tl.exp2((top_s - new_s) * scale)
+        shrink_t = tl.exp2((top_t - new_t) * scale)
+        e_s = tl.exp2((s - new_s[:, None, :, None]) * scale)
+        e_t = tl.exp2((t - new_t[:, None, :, None]) * scale)
+        sum_s = sum_s * shrink_s + sum_groups(e_s)
+        sum_t = sum_t * shrink_t + sum_groups(e_t)
         if STUDENT_FIRST:
-            weighted = weighted * shrink_s + e_s * difference
+            weighted = weighted * shrink_s + sum_groups(e_s * difference)
         else:
-            weighted = weighted * shrink_t + e_t * difference
+            weighted = weighted * shrink_t + sum_groups(e_t * difference)
         top_s, top_t = new_s, new_t
     at = i0 * r0 + i1 * r1 + m_wide * rm
-    all_s, all_t = tl.sum(sum_s, 1), tl.sum(sum_t, 1)
-    all_weighted, all_squares = tl.sum(weighted, 1), tl.sum(squares, 1)
+    all_s, all_t = tl.max(top_s, 1), tl.max(top_t, 1)
+    shrink_s = tl.exp2((top_s - all_s[:, None]) * scale)
+    shrink_t = tl.exp2((top_t - all_t[:, None]) * scale)
+    weighted *= shrink_s if STUDENT_FIRST else shrink_t
+    sum_s, sum_t = tl.sum(sum_s * shrink_s, 1), tl.sum(sum_t * shrink_t, 1)
+    total, total_squares = tl.sum(weighted, 1), tl.sum(squares, 1)
     if SPLIT:
-        to = partial + tl.program_id(1).to(tl.int64) * 6 * count + at
-        tl.store(to, top_s, mask=m_in)
-        tl.store(to + count, all_s, mask=m_in)
-        tl.store(to + 2 * count, top_t, mask=m_in)
-        tl.store(to + 3 * count, all_t, mask=m_in)
-        tl.store(to + 4 * count, all_weighted, mask=m_in)
-        tl.store(to + 5 * count, all_squares, mask=m_in)
+        to = partial + tl.program_id(1).to(tl.int64) * 7 * count + at
+        tl.store(to, all_s, mask=m_in)
+        tl.store(to + count, sum_s, mask=m_in)
+        tl.store(to + 2 * count, all_t, mask=m_in)
+        tl.store(to + 3 * count, sum_t, mask=m_in)
+        tl.store(to + 4 * count, total, mask=m_in)
+        tl.store(to + 5 * count, total_squares, mask=m_in)
+        tl.store(to + 6 * count, shift, mask=m_in)
     else:
-        _keep(
-            stats, at, count, top_s, all_s, top_t, all_t, all_weighted, all_squares, m_in, sums,
+        keep(
+            stats, at, count, all_s, sum_s, all_t, sum_t, total, total_squares, shift, m_in, sums,
             per_temperature, STUDENT_FIRST,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "parts"])
 def merge_kernel(
     partial, stats, sums, count, parts, scale, per_temperature,
     STUDENT_FIRST: tl.constexpr, BLOCK: tl.constexpr,
@@ -153,8 +142,9 @@ def merge_kernel(
     sum_t = tl.load(source + 3 * count, mask=mask, other=1.0)
     weighted = tl.load(source + 4 * count, mask=mask, other=0.0)
     squares = tl.load(source + 5 * count, mask=mask, other=0.0)
+    shift = tl.load(source + 6 * count, mask=mask, other=0.0)
     for _ in range(1, parts):
-        source += 6 * count
+        source += 7 * count
         part_s = tl.load(source, mask=mask, other=0.0)
         part_t = tl.load(source + 2 * count, mask=mask, other=0.0)
         new_s, new_t = tl.maximum(top_s, part_s), tl.maximum(top_t, part_t)
@@ -169,13 +159,13 @@ def merge_kernel(
             weighted = weighted * old_t + add_t * part_weighted
         squares += tl.load(source + 5 * count, mask=mask, other=0.0)
         top_s, top_t = new_s, new_t
-    _keep(
-        stats, at, count, top_s, sum_s, top_t, sum_t, weighted, squares, mask, sums, per_temperature,
-        STUDENT_FIRST,
+    keep(
+        stats, at, count, top_s, sum_s, top_t, sum_t, weighted, squares, shift, mask, sums,
+        per_temperature, STUDENT_FIRST,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def total_kernel(sums, kl, mse, programs, kl_factor, mse_factor, BLOCK: tl.constexpr):
     """Both losses from every program's sums, in float64 and in one order."""
     lanes = tl.arange(0, BLOCK)
@@ -189,14 +179,16 @@ def total_kernel(sums, kl, mse, programs, kl_factor, mse_factor, BLOCK: tl.const
     tl.store(mse, tl.sum(mse_sum, 0).to(tl.float32) * mse_factor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["d1", "d2", "values", "count"])
 def backward_kernel(
     grad_kl, grad_mse, student, teacher, stats, gradient, d1, d2, values, count,
     s0, s1, sm, sn, t0, t1, tm, tn, g0, g1, gm, gn, r0, r1, rm, scale, kl_factor, mse_factor,
     STUDENT_FIRST: tl.constexpr, HAS_KL: tl.constexpr, HAS_MSE: tl.constexpr, WIDE: tl.constexpr,
+    SHIFT: tl.constexpr, ALIGN: tl.constexpr, ALIGN_M: tl.constexpr, ALIGN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile, from the statistics that forward kept; places as in forward_kernel."""
+    d2, values = d2 // ALIGN_M * ALIGN_M, values // ALIGN_N * ALIGN_N
     blocks = tl.cdiv(d2, BLOCK_M)
     n_blocks = tl.cdiv(values, BLOCK_N)
     outer = (tl.program_id(0) // (blocks * n_blocks)).to(tl.int64)
@@ -210,9 +202,17 @@ def backward_kernel(
     if WIDE:
         n = n.to(tl.int64)
     rows = m_wide if WIDE else m
-    from_student = student + i0 * s0 + i1 * s1 + rows[:, None] * sm + n[None, :] * sn
-    from_teacher = teacher + i0 * t0 + i1 * t1 + rows[:, None] * tm + n[None, :] * tn
-    to = gradient + i0 * g0 + i1 * g1 + rows[:, None] * gm + n[None, :] * gn
+    m_s, m_t, n_s, n_t = rows * sm, rows * tm, n * sn, n * tn
+    m_g, n_g = rows * gm, n * gn
+    if ALIGN > 1 and ALIGN < 16:
+        m_s, n_s = tl.multiple_of(m_s, ALIGN), tl.multiple_of(n_s, ALIGN)
+        m_t, n_t = tl.multiple_of(m_t, ALIGN), tl.multiple_of(n_t, ALIGN)
+        m_g, n_g = tl.multiple_of(m_g, ALIGN), tl.multiple_of(n_g, ALIGN)
+    row_s = student + i0 * s0 + i1 * s1 + m_s
+    row_t = teacher + i0 * t0 + i1 * t1 + m_t
+    from_student = row_s[:, None] + n_s[None, :]
+    from_teacher = row_t[:, None] + n_t[None, :]
+    to = gradient + i0 * g0 + i1 * g1 + m_g[:, None] + n_g[None, :]
     s = tl.load(from_student, mask=inside, other=0.0).to(tl.float32)
     t = tl.load(from_teacher, mask=inside, other=0.0).to(tl.float32)
     difference = s - t
@@ -225,13 +225,16 @@ def backward_kernel(
         p = tl.exp2((s - top_s[:, None]) * scale) * inverse_s[:, None]
         factor = tl.load(grad_kl).to(tl.float32) * kl_factor
         if STUDENT_FIRST:
+            if SHIFT:
+                _, shift_s, shift_t = shifts(row_s, row_t, sn, tn, values, m_in)
+                difference = (s - shift_s[:, None]) - (t - shift_t[:, None])
             result = p * (difference - third[:, None]) * factor
         else:
             inverse_t = tl.load(at + 3 * count, mask=m_in, other=0.0)
             q = tl.exp2((t - third[:, None]) * scale) * inverse_t[:, None]
             result = (p - q) * factor
     if HAS_MSE:
-        result += difference * (tl.load(grad_mse).to(tl.float32) * mse_factor)
+        result += (s - t) * (tl.load(grad_mse).to(tl.float32) * mse_factor)
     tl.store(to, result.to(gradient.dtype.element_ty), mask=inside)
 
 
@@ -247,18 +250,18 @@ def forward(
     constants = tile_of("forward_kernel", walk, student, 2)
     programs = walk.outer * cdiv(walk.sizes[2], constants["BLOCK_M"])
     tiles = cdiv(walk.values, constants["BLOCK_N"])
-    # Cut by shape alone.
-    part = cdiv(tiles, cdiv(ENOUGH_PROGRAMS, programs)) * constants["BLOCK_N"]
+    part = cdiv(tiles, parts_of(programs, tiles)) * constants["BLOCK_N"]
     parts = cdiv(walk.values, part)
     merges = cdiv(walk.count, MERGE_BLOCK)
     sums = kl.new_empty(2, programs if parts == 1 else merges)
-    partial = None if parts == 1 else kl.new_empty(parts, 6, walk.count)
+    partial = None if parts == 1 else kl.new_empty(parts, 7, walk.count)
     scales = LOG2_E / temperature, 1 / temperature
     launch(
         forward_kernel, (programs, parts), student, teacher, stats, sums, partial,
         walk.sizes[1], walk.sizes[2], walk.values, walk.count, part,
         *walk.strides[0], walk.steps[0], *walk.strides[1], walk.steps[1], *walk.strides[2], *scales,
-        STUDENT_FIRST=student_first, SPLIT=parts > 1, WIDE=walk.wide, **constants,
+        STUDENT_FIRST=student_first, SPLIT=parts > 1, WIDE=walk.wide, **exactness(student, teacher),
+        **walk.alignment(), **grouping(walk, constants, 8 * student.element_size()), **constants,
     )  # fmt: skip
     if partial is not None:
         launch(
@@ -306,7 +309,7 @@ def backward(
         *walk.strides[3],
         LOG2_E / temperature, (1 if student_first else temperature) / count, 2 / student.numel(),
         STUDENT_FIRST=student_first, HAS_KL=grad_kl is not None, HAS_MSE=grad_mse is not None, WIDE=walk.wide,
-        **constants,
+        **exactness(student, teacher), **walk.alignment(), **constants,
     )  # fmt: skip
     return gradient
 
@@ -323,11 +326,10 @@ def candidates(kernel: str, shape_class: str) -> list[dict[str, int]]:
         return [
             {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": 1} for m, n in tiles for w in (4, 8)
         ]
-    warps = {"across": 16, "along": 4, "mixed": 4}[kind]
     return [
         {"BLOCK_M": m, "BLOCK_N": n, "STAGES": stages, "num_warps": w, "num_stages": stages}
         for m, n in tiles
-        for w, stages in ((warps, 3), (8, 3), (8, 2))
+        for w, stages in ((4, 3), (8, 3), (8, 2))
     ]
 
 
@@ -351,6 +353,7 @@ def examples() -> Iterator[tuple[str, Callable[[], None]]]:
     maps: list[tuple[tuple[int, ...], tuple[bool, bool], tuple[str, str]]] = [
         ((4, 768, 32, 32), (False, False), paper),
         ((1, 768, 8, 32), (False, False), paper),
+        ((4, 768, 14, 14), (False, False), paper),  # rows of no multiple of 16 bytes
         ((4, 768, 32, 32), (True, True), paper),
         ((4, 768, 32, 32), (False, True), paper),
         ((4, 768, 32, 32), (False, False), authors),

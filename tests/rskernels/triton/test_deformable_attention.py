@@ -6,6 +6,9 @@ On the GPU where there is one, else in Triton's interpreter.
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -19,7 +22,7 @@ from rskernels import deformable_attention
 from rskernels.triton import deformable_attention as launchers
 from rskernels.triton import deformable_attention_backward as backward
 from rskernels.triton import deformable_attention_tiles as tiles
-from rskernels.triton.launch import CHIPS, CONFIGS
+from rskernels.triton.launch import CHIPS, CONFIGS, launch
 
 SMALL = Case(batch=2, queries=11, heads=2, dim=16, shapes=((4, 5), (2, 3), (1, 1)), points=2)
 
@@ -216,6 +219,55 @@ def test_empty(sizes, device):
     assert out.shape == (batch, queries, heads * dim) and not out.any()
     for gradient, argument in zip(gradients, case.arguments(), strict=True):
         assert gradient.shape == argument.shape and not gradient.any()
+
+
+def test_another_image_size_is_not_another_kernel():
+    """Nothing that the compiler makes a build of its own of: sizes of 1, multiples of 16. In a process that
+    does not interpret kernels."""
+    program = """
+import torch
+from rskernels.triton import aot, deformable_attention as launchers
+from rskernels.triton.launch import noting
+
+found = []
+for levels, queries in [(((16, 16), (8, 8)), 320), (((13, 17), (1, 9)), 229), (((9, 7), (4, 4)), 1)]:
+    sides = [side for level in levels for side in level]
+    value = torch.empty(2, sum(height * width for height, width in levels), 2, 32)
+    locations = launchers.sampled(levels, queries, 2, 4)
+    with noting(90) as launches:
+        out = launchers.forward(value, sides, locations, locations[..., 0])
+        launchers.backward(out, value, sides, locations, locations[..., 0], [True] * 3)
+    found.append({one.kernel.fn.__name__: aot._specialise(one)[:3] for one in launches})
+    del found[-1]["gather_kernel"][1]["BLOCK_K"]  # of how many samples there are
+assert set(found[0]) == {"forward_kernel", "samples_kernel", "keys_kernel", "gather_kernel"}
+for other in found[1:]:
+    for kernel, build in other.items():
+        assert build == found[0][kernel], (kernel, build, found[0][kernel])
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_tuner_replays_the_runs_that_samples_make(monkeypatch, device):
+    levels = ((4, 5), (2, 3), (1, 1))
+    locations = launchers.sampled(levels, 30, 2, 3) * 1.2 - 0.1  # some outside
+    written = []
+
+    def launched(kernel, grid, *arguments, **constants):
+        launch(kernel, grid, *arguments, **constants)
+        if kernel is backward.keys_kernel:
+            written.append(arguments[2].clone())
+
+    monkeypatch.setattr(backward, "launch", launched)
+    sides = tuple(side for level in levels for side in level)
+    call = (torch.zeros(2, 30, 16), torch.zeros(2, 27, 2, 8), locations, torch.zeros(locations.shape[:-1]))
+    grad, value, places, weights = (x.to(device) for x in call)
+    backward.value_gradient(grad, value, sides, places, weights)
+    cells = sum((height + 1) * (width + 1) for height, width in levels)
+    expected = backward.noted_keys(locations, list(levels), cells)
+    assert torch.equal(written[0].cpu().long(), expected)
+    assert 0 < (expected == 2 * 2 * cells).float().mean() < 0.5
 
 
 @pytest.mark.parametrize("kernel", ["forward_kernel", "samples_kernel", "gather_kernel"])
