@@ -90,10 +90,12 @@ def _forward(
         sums = tl.dot(p.to(v_tile.dtype), v_tile, sums * shrink[:, None], input_precision=PRECISION)
         top = new_top
     slot = index * batch + b
-    if not PARTIAL:
-        weight = 1 / weight
-        sums *= weight[:, None]
-    store_statistics(statistics, (slot * heads + h) * queries + query, top, weight, query < queries)
+    if PARTIAL:
+        factor = weight
+    else:
+        factor = 1 / weight
+        sums *= factor[:, None]
+    store_statistics(statistics, (slot * heads + h) * queries + query, top, factor, query < queries)
     store_tile(out, sums, slot, start, queries, h, heads, 0, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 

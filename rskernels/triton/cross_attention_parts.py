@@ -142,7 +142,7 @@ def _pack_mask(
     chunk, row = program % chunks, tl.cast(program // chunks, tl.int64)  # row: of (B, groups)
     group = row % groups
     bit = tl.arange(0, 32)
-    query = group * 32 + bit  # 64 bits, as row
+    query = group * 32 + bit  # 64 bits, as row is
     mask += (row // groups) * stride_b
     found = tl.zeros((32,), tl.int32)
     for start in range(0, CHUNK, COLUMNS):
