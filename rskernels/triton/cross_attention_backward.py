@@ -1,6 +1,6 @@
 """The gradients of cross_attention in Triton. Shapes as in cross_attention_parts.
 
-With p_ij = exp(scale q_i·k_j - lse_i), dp_ij = do_i·v_j and delta_i = Σ_j p_ij dp_ij = do_i·out_i:
+With p_ij = exp(scale q_i·k_j - top_i) factor_i, dp_ij = do_i·v_j and delta_i = Σ_j p_ij dp_ij = do_i·out_i:
 
     ds = p (dp - delta)    dq = scale ds k    dk = scale dsᵀ q    dv = pᵀ do
 
@@ -16,15 +16,19 @@ from torch import Tensor
 from rskernels.triton.cross_attention_parts import (
     LOG2_E,
     Gradient,
+    aligned,
     attends,
     cut,
-    delta_of,
-    everywhere,
+    load_statistics,
     load_tile,
     locate,
     pack,
+    padded,
+    powers,
     store_tile,
     strides,
+    trimmed,
+    weights_of_all,
 )
 from rskernels.triton.cross_attention_wide import WIDE, backward_wide
 from rskernels.triton.launch import (
@@ -34,28 +38,24 @@ from rskernels.triton.launch import (
     dtype_class,
     launch,
     power_of_2,
-    with_channels_together,
 )
 
-LOG2_E_ = tl.constexpr(LOG2_E)
-FEW_KEYS, FEW_QUERIES = (
-    64,
-    128,
-)  # what one tile may hold, and the numbers in it: sums are as large, in registers
-KEYS_TILE = {"half": 4096, "float": 2048}
-QUERIES_TILE = {"half": 8192, "float": 2048}
+# What one tile may hold, and the numbers in it: sums are as large, in registers.
+FEW_KEYS, KEYS_TILE = 64, {"half": 4096, "float": 2048}
+FEW_QUERIES, QUERIES_TILE = 128, {"half": 8192, "float": 2048}
 
 
 @triton.jit
 def _by_queries(
-    grad, q, k, v, out, lse, bits, anywhere, dq, dk, dv,
-    batch, heads, queries, keys, parts, part, groups, chunks, scale, scale_log2,
+    grad, q, k, v, out, statistics, delta, bits, dq, dk, dv,
+    batch, heads, queries, keys, parts, part, groups, scale, scale_log2,
     g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, FIRST: tl.constexpr,
     DQ: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries on one part of the keys: dq, and where the tile has all queries dk and dv."""
+    """One tile of queries on one part of the keys: dq, and delta for `_by_keys`, or where the tile has all
+    queries dk and dv."""
     tile, index, b, h = locate(tl.cdiv(queries, BLOCK_M), parts, heads)
     h64 = tl.cast(h, tl.int64)
     start = tile * BLOCK_M
@@ -65,22 +65,22 @@ def _by_queries(
     q_tile = load_tile(q + b * q_b + h64 * q_h, start, queries, q_n, 0, HEAD_DIM, BLOCK_M, BLOCK_D)
     do_tile = load_tile(grad + b * g_b + h64 * g_h, start, queries, g_n, 0, HEAD_DIM, BLOCK_M, BLOCK_D)
     out_tile = load_tile(out + b * o_b + h64 * o_h, start, queries, o_n, 0, HEAD_DIM, BLOCK_M, BLOCK_D)
-    delta = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    # No query: p is 0.
-    top = LOG2_E_ * tl.load(lse + (b * heads + h) * queries + query, query < queries, other=float("inf"))
-    if MASKED:
-        open_rows = everywhere(anywhere, b, start, groups, chunks, BLOCK_M)[:, None]
+    mean = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
+    row = (b * heads + h) * queries + query
+    if delta is not None:
+        tl.store(delta + row, mean, (query < queries) & (index == 0))
+    top, factor = load_statistics(statistics, row, query < queries)
     sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for n in range(index * part, tl.minimum(index * part + part, keys), BLOCK_N):
+    # Without a gradient to write, delta is all there is to do.
+    for n in range(index * part, tl.minimum(index * part + part, keys) if DQ or DK or DV else 0, BLOCK_N):
         key = n + tl.arange(0, BLOCK_N)[None, :]
         k_tile = load_tile(k, n, keys, k_n, 0, HEAD_DIM, BLOCK_N, BLOCK_D)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * scale_log2 - top[:, None]
+        product = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        p = powers(product, scale_log2, top[:, None]) * factor[:, None]
         if MASKED:
-            seen = attends(bits, b, start, query[:, None], key, keys, groups, open_rows, BLOCK_M)
-            s = tl.where(seen, s, float("-inf"))
-        if not EVEN:
-            s = tl.where(key < keys, s, float("-inf"))
-        p = tl.exp2(s)
+            p = tl.where(attends(bits, b, start, query[:, None], key, keys, groups, BLOCK_M), p, 0.0)
+        elif not EVEN:
+            p = tl.where(key < keys, p, 0.0)
         if DV:
             dv_tile = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, input_precision=PRECISION)
             if FIRST > 0:
@@ -89,7 +89,7 @@ def _by_queries(
         if DQ or DK:
             v_tile = load_tile(v, n, keys, v_n, 0, HEAD_DIM, BLOCK_N, BLOCK_D, FIRST)
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision=PRECISION)
-            ds = (p * (dp - delta[:, None])).to(q_tile.dtype)
+            ds = (p * (dp - mean[:, None])).to(q_tile.dtype)
             if DQ:
                 sums = tl.dot(ds, k_tile, sums, input_precision=PRECISION)
             if DK:
@@ -102,15 +102,15 @@ def _by_queries(
 
 @triton.jit
 def _by_keys(
-    grad, q, k, v, lse, delta, bits, anywhere, dq, dk, dv,
-    batch, heads, queries, keys, parts, part, groups, chunks, scale, scale_log2,
+    grad, q, k, v, statistics, delta, bits, dq, dk, dv,
+    batch, heads, queries, keys, parts, part, groups, scale, scale_log2,
     g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, EVEN: tl.constexpr, FIRST: tl.constexpr, ALL_KEYS: tl.constexpr,
     DQ: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys and one part of the queries, scores keys × queries: dk and dv. ALL_KEYS: the tile has
-    all keys, so delta is summed here and dq can be written too."""
+    all keys, so the softmax and delta are its own, and dq can be written too."""
     tile, index, b, h = locate(tl.cdiv(keys, BLOCK_N), parts, heads)
     h64 = tl.cast(h, tl.int64)
     n = tile * BLOCK_N
@@ -127,20 +127,23 @@ def _by_keys(
         query = start + tl.arange(0, BLOCK_M)
         q_tile = load_tile(q, start, queries, q_n, 0, HEAD_DIM, BLOCK_M, BLOCK_D)
         do_tile = load_tile(grad, start, queries, g_n, 0, HEAD_DIM, BLOCK_M, BLOCK_D)
-        top = LOG2_E_ * tl.load(lse + row + query, query < queries, other=float("inf"))
-        s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * scale_log2 - top[None, :]
-        if MASKED:
-            open_rows = everywhere(anywhere, b, start, groups, chunks, BLOCK_M)[None, :]
-            seen = attends(bits, b, start, query[None, :], key, keys, groups, open_rows, BLOCK_M)
-            s = tl.where(seen, s, float("-inf"))
-        if not EVEN:
-            s = tl.where(key < keys, s, float("-inf"))
-        p = tl.exp2(s)
+        product = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        if MASKED:  # noqa: SIM108  the interpreter and the compiler know it as a statement
+            seen = attends(bits, b, start, query[None, :], key, keys, groups, BLOCK_M)
+        else:
+            seen = key < keys
+        if ALL_KEYS:
+            p = weights_of_all(product, scale_log2, seen, 0)
+        else:
+            top, factor = load_statistics(statistics, row + query, query < queries)
+            p = powers(product, scale_log2, top[None, :]) * factor[None, :]
+            if MASKED or not EVEN:
+                p = tl.where(seen, p, 0.0)
         if DV:
             dv_sums = tl.dot(p.to(do_tile.dtype), do_tile, dv_sums, input_precision=PRECISION)
         if DQ or DK:
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=PRECISION)
-            if ALL_KEYS:  # noqa: SIM108  the interpreter and the compiler know it as a statement
+            if ALL_KEYS:  # noqa: SIM108
                 mean = tl.sum(p * dp, 0)
             else:
                 mean = tl.load(delta + row + query, query < queries, other=0.0)
@@ -165,51 +168,59 @@ def backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     mask: Tensor | None,
     scale: float,
     drop_first_key_value: bool,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, each in memory (B, N, h, d); empty tensors for those that are not wanted."""
-    grad, q, k, v, out = (with_channels_together(x) for x in (grad, q, k, v, out))
-    lse = lse.contiguous()
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
+    options = (mask, scale, drop_first_key_value, wanted)
+    if dim % 16:
+        inputs = (padded(grad), padded(q), padded(k), padded(v), padded(out))
+        of_q, of_k, of_v = (trimmed(x, dim) for x in backward(*inputs, statistics, *options))
+        return of_q, of_k, of_v
+    grad, q, k, v, out = (aligned(x) for x in (grad, q, k, v, out))
+    statistics = statistics.contiguous()
     if dim > WIDE[dtype_class(q.dtype)]:
-        return backward_wide(grad, q, k, v, out, lse, mask, scale, drop_first_key_value, wanted)
+        return backward_wide(grad, q, k, v, out, statistics, *options)
     wide = power_of_2(dim)
     kind = dtype_class(q.dtype)
     few_keys = keys <= FEW_KEYS and power_of_2(keys) * wide <= KEYS_TILE[kind]
     few_queries = (
         not few_keys and 0 < queries <= FEW_QUERIES and power_of_2(queries) * wide <= QUERIES_TILE[kind]
     )
-    bits, anywhere, groups, chunks = pack(mask)
-    options = {
+    bits, groups = pack(mask)
+    constants = {
         "HEAD_DIM": dim, "BLOCK_D": wide, "MASKED": mask is not None, "FIRST": int(drop_first_key_value),
         "PRECISION": dot_precision(q.dtype),
     }  # fmt: skip
-    factors = (groups, chunks, scale, scale * LOG2_E)
+    factors = (groups, scale, scale * LOG2_E)
     steps = (*strides(grad), *strides(q), *strides(k), *strides(v))
     dq, dk, dv = (Gradient(x, False, batch) for x in (q, k, v))
     shape_class = f"{kind}/d{wide}"
-    if few_queries or (wanted[0] and not few_keys):
+    delta = None
+    if few_queries or (not few_keys and (wanted[0] or wanted[1])):
         few = ("/q16" if queries <= 16 else "/few") if few_queries else ""
         tuned = config("cross_attention.by_queries", shape_class + few, q.device)
         if few_queries:
             tuned["BLOCK_M"] = power_of_2(queries)
         tuned["BLOCK_N"] = min(tuned["BLOCK_N"], power_of_2(keys))
         programs = cdiv(queries, tuned["BLOCK_M"]) * batch * heads
-        parts, part = cut(keys, queries, programs)
+        parts, part = cut(keys, queries, programs) if few_queries or wanted[0] else (1, keys)
         dq = Gradient(q, wanted[0], batch, parts)
         dk, dv = (
             Gradient(x, few_queries and asked, batch) for x, asked in zip((k, v), wanted[1:], strict=True)
         )
+        if wanted[1] and not few_queries:
+            delta = statistics.new_empty(batch, heads, queries)
         launch(
             _by_queries, (programs * parts,),
-            grad, q, k, v, out, lse, bits, anywhere, dq.buffer, dk.buffer, dv.buffer,
+            grad, q, k, v, out, statistics, delta, bits, dq.buffer, dk.buffer, dv.buffer,
             batch, heads, queries, keys, parts, part, *factors, *steps, *strides(out),
-            EVEN=keys % tuned["BLOCK_N"] == 0, DQ=dq.wanted, DK=dk.wanted, DV=dv.wanted, **options, **tuned,
+            EVEN=keys % tuned["BLOCK_N"] == 0, DQ=dq.wanted, DK=dk.wanted, DV=dv.wanted, **constants, **tuned,
         )  # fmt: skip
         if few_queries:
             return dq.done(), dk.done(), dv.done()
@@ -223,12 +234,11 @@ def backward(
         if few_keys:
             dq = Gradient(q, wanted[0], batch)
         dk, dv = (Gradient(x, asked, batch, parts) for x, asked in zip((k, v), wanted[1:], strict=True))
-        delta = delta_of(grad, out) if dk.wanted and not few_keys else None
         launch(
             _by_keys, (programs * parts,),
-            grad, q, k, v, lse, delta, bits, anywhere, dq.buffer if few_keys else None, dk.buffer, dv.buffer,
+            grad, q, k, v, statistics, delta, bits, dq.buffer if few_keys else None, dk.buffer, dv.buffer,
             batch, heads, queries, keys, parts, part, *factors, *steps,
             EVEN=keys % tuned["BLOCK_N"] == 0, ALL_KEYS=few_keys,
-            DQ=few_keys and wanted[0], DK=wanted[1], DV=wanted[2], **options, **tuned,
+            DQ=few_keys and wanted[0], DK=wanted[1], DV=wanted[2], **constants, **tuned,
         )  # fmt: skip
     return dq.done(), dk.done(), dv.done()

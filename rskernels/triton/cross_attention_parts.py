@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
-from rskernels.triton.launch import cdiv, launch, power_of_2
+from rskernels.triton.launch import cdiv, launch, power_of_2, with_channels_together
 
 LOG2_E = 1.4426950408889634
-LN_2 = tl.constexpr(0.6931471805599453)
 PROGRAMS = 256  # cuts are made until there are as many: two for each multiprocessor of the largest chip
 CUT = 128  # keys or queries that a cut is a multiple of; so tiles are at most that long
 WORD = 32  # queries whose mask bits make one number
@@ -23,11 +23,32 @@ def cut(length: int, other: int, programs: int) -> tuple[int, int]:
     """Into how many parts a sum over `length` is cut, and their length, where `programs` sum without a cut.
 
     A part is at least twice as long as there are `other` rows: its partial sums are float32 and are written
-    and read, which then costs less than reading the part. Only the shape decides.
+    and read, which then costs less than reading the part. Where that leaves half of the chip idle, they may
+    cost as much. Only the shape decides.
     """
-    wanted = cdiv(PROGRAMS, max(programs, 1))
-    part = CUT * cdiv(max(cdiv(length, wanted), 2 * other, 1), CUT)
+    programs = max(programs, 1)
+    least = 2 * other if programs * length >= PROGRAMS * other else other
+    part = CUT * cdiv(max(cdiv(length, cdiv(PROGRAMS, programs)), least, 1), CUT)
     return max(cdiv(length, part), 1), part
+
+
+def padded(x: Tensor) -> Tensor:
+    """Zeros behind the channels, up to a multiple of 16: rows elsewhere are loaded number by number."""
+    return pad(x, (0, -x.shape[-1] % 16))
+
+
+def trimmed(x_bhnd: Tensor, dim: int) -> Tensor:
+    """The first `dim` channels, in memory (B, N, h, dim)."""
+    return x_bhnd.transpose(1, 2)[..., :dim].contiguous().transpose(1, 2)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x (d a multiple of 16) where whole vectors of it can be loaded, else a copy."""
+    together = with_channels_together(x)
+    in_place = x.data_ptr() % 16 == 0 and all(
+        stride % 16 == 0 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1
+    )
+    return together if in_place else together.clone(memory_format=torch.contiguous_format)
 
 
 def strides(x_bhnd: Tensor) -> tuple[int, int, int]:
@@ -51,13 +72,14 @@ def load_tile(
 ):  # fmt: skip
     """Rows start..start+N of the (count, HEAD_DIM) matrix at `base`, D channels from first_channel on, zero
     outside and in the rows before FIRST."""
-    n, c = tl.arange(0, N)[:, None], first_channel + tl.arange(0, D)[None, :]
-    inside = start + n < count
+    n, c = start + tl.arange(0, N)[:, None], first_channel + tl.arange(0, D)[None, :]
+    inside = n < count
     if FIRST > 0:
-        inside &= start + n >= FIRST
+        inside &= n >= FIRST
     if HEAD_DIM % D != 0:
         inside &= c < HEAD_DIM
-    return tl.load(base + tl.cast(start, tl.int64) * stride + n * stride + c, inside, other=0.0)
+    # 64 bits in the rows' pointers alone: a row may be more than 2^31 / N numbers from the next.
+    return tl.load(base + tl.cast(n, tl.int64) * stride + c, inside, other=0.0)
 
 
 @triton.jit
@@ -66,13 +88,46 @@ def store_tile(
     HEAD_DIM: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """`value` into rows start..start+N of a head of entry `slot` of (slots, count, heads, HEAD_DIM)."""
-    n, c = tl.arange(0, N)[:, None], first_channel + tl.arange(0, D)[None, :]
-    base += ((slot * count + start) * heads + head) * HEAD_DIM
-    tl.store(
-        base + n * (heads * HEAD_DIM) + c,
-        value.to(base.dtype.element_ty),
-        (start + n < count) & (c < HEAD_DIM),
-    )
+    n, c = start + tl.arange(0, N)[:, None], first_channel + tl.arange(0, D)[None, :]
+    base += (slot * count * heads + head) * HEAD_DIM
+    at = base + tl.cast(n, tl.int64) * (heads * HEAD_DIM) + c
+    tl.store(at, value.to(base.dtype.element_ty), (n < count) & (c < HEAD_DIM))
+
+
+# ---------------------------------------------------------------- softmax
+
+
+@triton.jit
+def powers(product, scale, top):
+    """2^(scale · product - top). Forward and backward multiply and subtract in one step, as written: left to
+    the compiler, one of them might round the logit and the other not."""
+    return tl.exp2(tl.fma(product, scale, -top))
+
+
+@triton.jit
+def weights_of_all(product, scale, seen, AXIS: tl.constexpr):
+    """The weights of a tile that has all keys, along AXIS; zeros where it has none."""
+    top = tl.max(tl.where(seen, product * scale, float("-inf")), AXIS, keep_dims=True)
+    p = tl.where(seen, powers(product, scale, tl.where(top == float("-inf"), 0.0, top)), 0.0)
+    weight = tl.sum(p, AXIS, keep_dims=True)
+    return p * tl.where(weight == 0.0, 0.0, 1 / weight)
+
+
+@triton.jit
+def store_statistics(statistics, row, top, factor, inside):
+    """Two numbers a query: the greatest log2 e · logit, and the factor of the powers of 2 relative to it.
+
+    Apart, since a log-sum-exp of 100 is known to 4e-6 in float32, and so would be every weight.
+    """
+    tl.store(statistics + 2 * row, top, inside)
+    tl.store(statistics + 2 * row + 1, factor, inside)
+
+
+@triton.jit
+def load_statistics(statistics, row, inside):
+    """Of no query: zeros, so that its weights are zero."""
+    top = tl.load(statistics + 2 * row, inside, other=0.0)
+    return top, tl.load(statistics + 2 * row + 1, inside, other=0.0)
 
 
 # ---------------------------------------------------------------- masks
@@ -87,7 +142,7 @@ def _pack_mask(
     chunk, row = program % chunks, tl.cast(program // chunks, tl.int64)  # row: of (B, groups)
     group = row % groups
     bit = tl.arange(0, 32)
-    query = group * 32 + bit
+    query = group * 32 + bit  # 64 bits, as row is
     mask += (row // groups) * stride_b
     found = tl.zeros((32,), tl.int32)
     for start in range(0, CHUNK, COLUMNS):
@@ -100,16 +155,37 @@ def _pack_mask(
     tl.store(anywhere + program, tl.sum(found << bit, 0))
 
 
-def pack(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, int, int]:
+@triton.jit
+def _either(one, other):
+    return one | other
+
+
+@triton.jit
+def _open_rows(bits, anywhere, keys, groups, chunks, CHUNK: tl.constexpr):
+    """Set the bits of queries that attend nowhere."""
+    program = tl.program_id(0)
+    chunk, row = program % chunks, tl.cast(program // chunks, tl.int64)
+    found = tl.zeros((32,), tl.int32)
+    for first in range(0, chunks, 32):
+        each = first + tl.arange(0, 32)
+        found |= tl.load(anywhere + row * chunks + each, each < chunks, other=0)
+    nowhere = ~tl.reduce(found, 0, _either)
+    key = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = (key < keys) & (nowhere != 0)
+    words = tl.load(bits + row * keys + key, inside, other=0)
+    tl.store(bits + row * keys + key, words | nowhere, inside)
+
+
+def pack(mask: Tensor | None) -> tuple[Tensor | None, int]:
     """mask (B, Q, M) → one bit per query and key, which is what every head reads; read once.
 
     Returns:
-        bits: (B, groups, M) int32, bit i of group g is query 32 g + i.
-        anywhere: (B, groups, chunks) int32, likewise: does it attend to any key of the chunk?
-        groups, chunks.
+        bits: (B, groups, M) int32, bit i of group g is query 32 g + i; all of those of a query that attends
+            nowhere, hence everywhere.
+        groups.
     """
     if mask is None:
-        return None, None, 0, 0
+        return None, 0
     batch, queries, keys = mask.shape
     groups, chunks = cdiv(queries, WORD), cdiv(keys, CHUNK)
     bits = mask.new_empty(batch, groups, keys, dtype=torch.int32)
@@ -119,26 +195,15 @@ def pack(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, int, int]:
         mask, bits, anywhere, queries, keys, groups, chunks, *mask.stride(),
         CHUNK=CHUNK, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
-    return bits, anywhere, groups, chunks
+    launch(
+        _open_rows, (batch * groups * chunks,), bits, anywhere, keys, groups, chunks, CHUNK=CHUNK, num_warps=4
+    )
+    return bits, groups
 
 
 @triton.jit
-def everywhere(anywhere, b, start, groups, chunks, N: tl.constexpr):
-    """Of queries start..start+N: those that attend nowhere, hence everywhere, have their bit set."""
-    query = start + tl.arange(0, N)
-    group, bit = query // 32, query % 32
-    found = tl.zeros((N, 32), tl.int32)
-    for first in range(0, chunks, 32):
-        chunk = first + tl.arange(0, 32)
-        inside = (group < groups)[:, None] & (chunk < chunks)[None, :]
-        words = tl.load(anywhere + (b * groups + group[:, None]) * chunks + chunk[None, :], inside, other=0)
-        found |= words >> bit[:, None]
-    return tl.where(tl.max(found & 1, 1) == 0, 1 << bit, 0)
-
-
-@triton.jit
-def attends(bits, b, start, query, key, keys, groups, everywhere, N: tl.constexpr):
-    """query: start..start+N, and key, with the result's two dimensions; `everywhere` shaped as query."""
+def attends(bits, b, start, query, key, keys, groups, N: tl.constexpr):
+    """query: start..start+N, and key, with the result's two dimensions. False beyond the last key."""
     group = start // 32
     row = bits + (b * groups + group) * keys
     words = tl.load(row + key, key < keys, other=0)
@@ -147,7 +212,7 @@ def attends(bits, b, start, query, key, keys, groups, everywhere, N: tl.constexp
             row + tl.cast(keys, tl.int64) * more + key, (key < keys) & (group + more < groups), other=0
         )
         words = tl.where(query // 32 == group + more, next_words, words)
-    return ((words & (1 << (query % 32))) | everywhere) != 0
+    return (words & (1 << (query % 32))) != 0
 
 
 # ---------------------------------------------------------------- backward's sums

@@ -12,52 +12,52 @@ import triton.language as tl
 from torch import Tensor
 
 from rskernels.triton.cross_attention_parts import (
-    LN_2,
     LOG2_E,
     Gradient,
     attends,
     cut,
     delta_of,
-    everywhere,
+    load_statistics,
     load_tile,
     locate,
     pack,
+    powers,
+    store_statistics,
     store_tile,
     strides,
+    weights_of_all,
 )
 from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, launch, power_of_2
 
-LOG2_E_ = tl.constexpr(LOG2_E)
-WIDE = {
-    "half": 256,
-    "float": 128,
-}  # head dims above are wide: float32's three products a tile fill the registers
+# Head dims above are wide: float32's three products a tile fill the registers.
+WIDE = {"half": 256, "float": 128}
 ONE_TILE = 128  # keys whose scores one tile holds
 
 
 @triton.jit
-def _scores(
+def _products(
     q, k, start, n, queries, keys, q_n, k_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, FIRST: tl.constexpr = 0,
 ):  # fmt: skip
     """q kᵀ of a tile, summed over chunks of the head dim; keys before FIRST are zero."""
-    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for c in range(0, HEAD_DIM, BLOCK_D):
         q_tile = load_tile(q, start, queries, q_n, c, HEAD_DIM, BLOCK_M, BLOCK_D)
         k_tile = load_tile(k, n, keys, k_n, c, HEAD_DIM, BLOCK_N, BLOCK_D, FIRST)
-        s = tl.dot(q_tile, tl.trans(k_tile), s, input_precision=PRECISION)
-    return s
+        acc = tl.dot(q_tile, tl.trans(k_tile), acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
 def _forward_wide(
-    q, k, v, bits, anywhere, out, lse, heads, queries, keys, columns, groups, chunks, scale,
+    q, k, v, bits, out, statistics, heads, queries, keys, columns, groups, scale,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ONE: tl.constexpr, MASKED: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE: tl.constexpr,
+    MASKED: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of queries. ONE: all keys are one tile, whose weights serve every chunk of the values.
+    """One tile of queries. ONE: all keys are one tile, whose weights serve every chunk of BLOCK_V values.
     Otherwise the chunk is the program's own, and the scores are computed again for each."""
     tile, column, b, h = locate(tl.cdiv(queries, BLOCK_M), columns, heads)
     start = tile * BLOCK_M
@@ -65,68 +65,66 @@ def _forward_wide(
     q += b * q_b + tl.cast(h, tl.int64) * q_h
     k += b * k_b + tl.cast(h, tl.int64) * k_h
     v += b * v_b + tl.cast(h, tl.int64) * v_h
-    if MASKED:
-        open_rows = everywhere(anywhere, b, start, groups, chunks, BLOCK_M)[:, None]
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     weight = tl.zeros((BLOCK_M,), tl.float32)
-    sums = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    sums = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for n in range(0, BLOCK_N if ONE else keys, BLOCK_N):
         key = n + tl.arange(0, BLOCK_N)[None, :]
-        s = scale * _scores(
+        product = _products(
             q, k, start, n, queries, keys, q_n, k_n, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION
         )
-        if MASKED:
-            seen = attends(bits, b, start, query[:, None], key, keys, groups, open_rows, BLOCK_M)
-            s = tl.where(seen, s, float("-inf"))
-        s = tl.where(key < keys, s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
+        if MASKED:  # noqa: SIM108  as in cross_attention_backward
+            seen = attends(bits, b, start, query[:, None], key, keys, groups, BLOCK_M)
+        else:
+            seen = key < keys
+        new_top = tl.maximum(top, tl.max(tl.where(seen, product * scale, float("-inf")), 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(s - safe[:, None])
+        p = tl.where(seen, powers(product, scale, safe[:, None]), 0.0)
         shrink = tl.exp2(top - safe)
         weight = weight * shrink + tl.sum(p, 1)
         top = new_top
         if ONE:
             p = (p / weight[:, None]).to(v.dtype.element_ty)
-            for c in range(0, HEAD_DIM, BLOCK_D):
-                v_tile = load_tile(v, 0, keys, v_n, c, HEAD_DIM, BLOCK_N, BLOCK_D, FIRST)
+            for c in range(0, HEAD_DIM, BLOCK_V):
+                v_tile = load_tile(v, 0, keys, v_n, c, HEAD_DIM, BLOCK_N, BLOCK_V, FIRST)
                 chunk = tl.dot(p, v_tile, input_precision=PRECISION)
-                store_tile(out, chunk, b, start, queries, h, heads, c, HEAD_DIM, BLOCK_M, BLOCK_D)
+                store_tile(out, chunk, b, start, queries, h, heads, c, HEAD_DIM, BLOCK_M, BLOCK_V)
         else:
-            v_tile = load_tile(v, n, keys, v_n, column * BLOCK_D, HEAD_DIM, BLOCK_N, BLOCK_D, FIRST)
+            v_tile = load_tile(v, n, keys, v_n, column * BLOCK_V, HEAD_DIM, BLOCK_N, BLOCK_V, FIRST)
             sums = tl.dot(p.to(v_tile.dtype), v_tile, sums * shrink[:, None], input_precision=PRECISION)
     if not ONE:
+        sums /= weight[:, None]
         store_tile(
-            out, sums / weight[:, None], b, start, queries, h, heads, column * BLOCK_D,
-            HEAD_DIM, BLOCK_M, BLOCK_D,
+            out, sums, b, start, queries, h, heads, column * BLOCK_V, HEAD_DIM, BLOCK_M, BLOCK_V
         )  # fmt: skip
-    at = (b * heads + h) * queries + query
-    tl.store(lse + at, (top + tl.log2(weight)) * LN_2, (query < queries) & (column == 0))
+    row = (b * heads + h) * queries + query
+    store_statistics(statistics, row, top, 1 / weight, (query < queries) & (column == 0))
 
 
 def forward_wide(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, bits: Tensor | None, anywhere: Tensor | None,
-    groups: int, chunks: int, scale: float, options: dict[str, Any],
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, statistics: Tensor, bits: Tensor | None, groups: int,
+    scale: float, constants: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write `out` (B, Q, h, d) and lse; `options` are the kernel's constants."""
+    """Write `out` (B, Q, h, d) and the statistics; `constants` are the kernel's."""
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     tuned = config("cross_attention.forward_wide", dtype_class(q.dtype), q.device)
     one = keys <= ONE_TILE
     tuned["BLOCK_M"] = min(tuned["BLOCK_M"], power_of_2(queries))
     if one:
-        tuned["BLOCK_N"] = power_of_2(keys)
-    columns = 1 if one else cdiv(dim, tuned["BLOCK_D"])
+        tuned["BLOCK_N"], tuned["BLOCK_V"] = power_of_2(keys), tuned["BLOCK_D"]
+    columns = 1 if one else cdiv(dim, tuned["BLOCK_V"])
     launch(
         _forward_wide, (cdiv(queries, tuned["BLOCK_M"]) * columns * batch * heads,),
-        q, k, v, bits, anywhere, out, lse, heads, queries, keys, columns, groups, chunks, scale * LOG2_E,
-        *strides(q), *strides(k), *strides(v), ONE=one, **options, **tuned,
+        q, k, v, bits, out, statistics, heads, queries, keys, columns, groups, scale * LOG2_E,
+        *strides(q), *strides(k), *strides(v), ONE=one, **constants, **tuned,
     )  # fmt: skip
 
 
 @triton.jit
 def _weights_wide(
-    grad, q, k, v, lse, delta, bits, anywhere, p_out, ds_out,
-    heads, queries, keys, first, last, row_stride, tiles_n, groups, chunks, scale,
+    grad, q, k, v, statistics, delta, bits, p_out, ds_out,
+    heads, queries, keys, first, last, row_stride, tiles_n, groups, scale,
     g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, FIRST: tl.constexpr, ALL_KEYS: tl.constexpr, P: tl.constexpr, DS: tl.constexpr,
@@ -139,29 +137,30 @@ def _weights_wide(
     query = start + tl.arange(0, BLOCK_M)
     key = n + tl.arange(0, BLOCK_N)[None, :]
     row = (b * heads + h) * queries + query
-    top = LOG2_E_ * tl.load(lse + row, query < queries, other=float("inf"))
-    s = _scores(
+    product = _products(
         q + b * q_b + h64 * q_h, k + b * k_b + h64 * k_h, start, n, queries, keys, q_n, k_n,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
     )  # fmt: skip
-    s = s * scale - top[:, None]
-    if MASKED:
-        open_rows = everywhere(anywhere, b, start, groups, chunks, BLOCK_M)[:, None]
-        seen = attends(bits, b, start, query[:, None], key, keys, groups, open_rows, BLOCK_M)
-        s = tl.where(seen, s, float("-inf"))
-    s = tl.where(key < keys, s, float("-inf"))
-    p = tl.exp2(s)
+    if MASKED:  # noqa: SIM108
+        seen = attends(bits, b, start, query[:, None], key, keys, groups, BLOCK_M)
+    else:
+        seen = key < keys
+    if ALL_KEYS:
+        p = weights_of_all(product, scale, seen, 1)
+    else:
+        top, factor = load_statistics(statistics, row, query < queries)
+        p = tl.where(seen, powers(product, scale, top[:, None]) * factor[:, None], 0.0)
     at = row[:, None] * row_stride + (key - first)
     inside = (query < queries)[:, None] & (key < last)
     if P:
         kept = tl.where(key >= FIRST, p, 0.0)
         tl.store(p_out + at, kept.to(p_out.dtype.element_ty), inside)
     if DS:
-        dp = _scores(
+        dp = _products(
             grad + b * g_b + h64 * g_h, v + b * v_b + h64 * v_h, start, n, queries, keys, g_n, v_n,
             HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION, FIRST,
         )  # fmt: skip
-        if ALL_KEYS:  # noqa: SIM108  as in cross_attention_backward
+        if ALL_KEYS:  # noqa: SIM108
             mean = tl.sum(p * dp, 1)
         else:
             mean = tl.load(delta + row, query < queries, other=0.0)
@@ -202,7 +201,7 @@ def backward_wide(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     mask: Tensor | None,
     scale: float,
     drop_first_key_value: bool,
@@ -219,10 +218,12 @@ def backward_wide(
         q.new_empty(batch, heads, queries, row_stride) if needed else None for needed in (wanted[2], with_ds)
     )
     delta = delta_of(grad, out) if with_ds and not one else None
-    bits, anywhere, groups, chunks = pack(mask)
+    bits, groups = pack(mask)
     kind, precision = dtype_class(q.dtype), dot_precision(q.dtype)
     tuned = config("cross_attention.weights_wide", kind, q.device)
-    tuned["BLOCK_M"] = min(tuned["BLOCK_M"], power_of_2(queries))
+    full, tuned["BLOCK_M"] = tuned["BLOCK_M"], min(tuned["BLOCK_M"], power_of_2(queries))
+    # A warp's share of the tile stays: less of it, with as many loads in flight, takes more registers.
+    tuned["num_warps"] = max(4, tuned["num_warps"] * tuned["BLOCK_M"] // full)
     if one:
         tuned["BLOCK_N"] = power_of_2(keys)
     shape = config("cross_attention.product", kind, q.device)
@@ -249,8 +250,8 @@ def backward_wide(
         tiles_n = cdiv(last - first, tuned["BLOCK_N"])
         launch(
             _weights_wide, (cdiv(queries, tuned["BLOCK_M"]) * tiles_n * batch * heads,),
-            grad, q, k, v, lse, delta, bits, anywhere, p, ds,
-            heads, queries, keys, first, last, row_stride, tiles_n, groups, chunks, scale * LOG2_E,
+            grad, q, k, v, statistics, delta, bits, p, ds,
+            heads, queries, keys, first, last, row_stride, tiles_n, groups, scale * LOG2_E,
             *strides(grad), *strides(q), *strides(k), *strides(v),
             HEAD_DIM=dim, MASKED=mask is not None, FIRST=int(drop_first_key_value), ALL_KEYS=one,
             P=p is not None, DS=ds is not None, PRECISION=precision, **tuned,
