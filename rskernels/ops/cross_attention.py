@@ -4,9 +4,11 @@
 
 Shapes: B batch, h heads, Q queries, M keys, d head dim.
 
-docs/kernels/cross_attention.md explains the CPU kernel (csrc/cpu/cross_attention.cpp) and has figures.
+docs/kernels/cross_attention.md explains the kernels (csrc/cpu/cross_attention*.cpp for the CPU,
+rskernels/triton/cross_attention*.py for GPUs) and has figures.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -136,6 +138,15 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     return scores.masked_fill((~mask & mask.any(-1, keepdim=True))[:, None], -torch.inf)
 
 
+def _saved(scores: Tensor) -> Tensor:
+    """What backward rebuilds the weights from: the log-sum-exp (B, h, Q); on CUDA its two parts (B, h, Q, 2):
+    the greatest logit over log 2, and the reciprocal of the sum of exponentials relative to it."""
+    if not scores.is_cuda:
+        return scores.logsumexp(-1)
+    top = scores.amax(-1)
+    return torch.stack((top / math.log(2), (top - scores.logsumexp(-1)).exp()), -1)
+
+
 def _kept_values(v: Tensor, drop_first_key_value: bool) -> Tensor:
     """v with a first value of zero where it is dropped."""
     if not drop_first_key_value:
@@ -154,7 +165,7 @@ def _forward_composite(
     dtype = _sum_dtype(q)
     scores = _scores(q.to(dtype), k.to(dtype), mask, scale)
     out = scores.softmax(-1) @ _kept_values(v.to(dtype), drop_first_key_value)
-    return _token_major(out.to(q.dtype)), scores.logsumexp(-1)
+    return _token_major(out.to(q.dtype)), _saved(scores)
 
 
 def _backward_composite(
@@ -192,7 +203,8 @@ def _empty_token_major(like: Tensor) -> Tensor:
 def _forward_fake(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, drop_first_key_value: bool
 ) -> tuple[Tensor, Tensor]:
-    return _empty_token_major(q), q.new_empty(q.shape[:3], dtype=_sum_dtype(q))
+    saved = (*q.shape[:3], 2) if q.is_cuda else q.shape[:3]
+    return _empty_token_major(q), q.new_empty(saved, dtype=_sum_dtype(q))
 
 
 def _backward_fake(
@@ -216,7 +228,7 @@ def _backward_fake(
 
 _OPTIONS = "Tensor? mask, float scale, bool drop_first_key_value"
 
-# The output, and the log-sum-exp (B, h, Q) of every query's logits, from which backward rebuilds them.
+# The output, and `_saved` of the logits.
 _attention_forward = define(
     f"cross_attention_forward(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)",
     reference=_forward_composite,

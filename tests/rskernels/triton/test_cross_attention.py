@@ -23,6 +23,7 @@ from cross_attention_cases import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rskernels
 from rskernels.triton import cross_attention as kernels
@@ -296,6 +297,17 @@ def test_nothing_to_do(shape: tuple[int, int, int], dim: int, device: torch.devi
         dq, dk, dv = kernels.backward(q, q, k, k, out, statistics, None, 1.0, False, ALL)
         assert out.shape == dq.shape == q.shape and statistics.shape == (*shape, 2)
         assert dk.shape == dv.shape == k.shape and not dk.any() and not dv.any()
+
+
+def test_traced_shapes_are_the_kernels(device: torch.device) -> None:
+    q = torch.randn(1, 2, 5, 20)
+    with FakeTensorMode():
+        traced = torch.empty(q.shape, device="cuda")
+        known = torch.ops.rskernels.cross_attention_forward(traced, traced, traced, None, 1.0, False)
+    q = q.to(device)
+    for value, empty in zip(kernels.forward(q, q, q, None, 1.0, False), known, strict=True):
+        assert value.shape == empty.shape and value.dtype == empty.dtype
+        assert value.stride() == empty.stride()
 
 
 def test_keys_are_cut_by_shape_alone() -> None:
