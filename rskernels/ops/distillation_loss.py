@@ -191,7 +191,8 @@ _OPTIONS = "str axis, str direction, float temperature, str reduction"
 
 # Both losses, and per distribution what backward rebuilds the probabilities from: (3, M) the student's
 # reference (its exponentials are exp((s - reference) / T)), the inverse of their sum, the mean of s - t (the
-# Triton kernel's: less a constant that it takes out first) under the student's probabilities; or, for "teacher||student", (4, M) reference and inverse of either map.
+# Triton kernel's: less a constant that it takes out first) under the student's probabilities; or, for
+# "teacher||student", (4, M) reference and inverse of either map.
 _loss_forward = define(
     f"distillation_loss_forward(Tensor student, Tensor teacher, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     reference=_forward_composite,
