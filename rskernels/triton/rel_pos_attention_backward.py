@@ -128,7 +128,8 @@ def query_gradients(
     statistic = (image * heads + head) * plane + row * W + column
     # A padded query takes no part: p is 0.
     lse = tl.load(lse_ptr + statistic, mask=inside, other=float("inf"))
-    if PADDED:
+    rounded: tl.constexpr = q.dtype != tl.float32
+    if PADDED and rounded:
         # Padded keys are all alike, and where most keys are, dp - δ is a small difference of large numbers,
         # of which a rounded `out` leaves little: there δ is a mean of the very dp that it is taken from.
         reaches_beyond = (first_row + h > H) | (first_column + w > W)
