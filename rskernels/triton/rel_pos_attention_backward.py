@@ -1,6 +1,6 @@
 """rel_pos_attention in Triton: the backward pass, in three kernels.
 
-1. `query_gradients`, over query tiles: δ = dO·O, dS, dQ, and the sums of dS over every key row and column.
+1. `query_gradients`, over query tiles: δ, dS, dQ, and the sums of dS over every key row and column.
 2. `key_gradients`, over key tiles: dK, dV and, of padded tokens, their sums.
 3. `table_gradients`: products of those sums of dS with q, a partial result for every share of the queries.
 
@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rskernels.triton.launch import cdiv, dot_precision, launch, power_of_2
+from rskernels.triton.launch import launch
+from rskernels.triton.rel_pos_attention_tables import gradients_of_tables
 from rskernels.triton.rel_pos_attention_tiles import (
     LOG2E,
     Call,
@@ -25,29 +26,56 @@ from rskernels.triton.rel_pos_attention_tiles import (
     load_table,
     place_of,
     query_biases,
+    query_end,
     span_of,
     table_range,
     token_mask,
 )
 
-SHARES = 128  # of the queries, for the gradients of the tables
-PARTIAL_NUMBERS = 2**23  # that their partial results may take, 32 MiB
-
 
 @triton.jit
 def table_part(
-    dq, table, sums, i, position, known, side, stride, first, last,
+    dq, table, sums, i, position, known, side, stride, top, bottom,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq + the sum over keys of sums[i, key] table[position_i - key + side - 1]."""
-    for c0 in range(first, last, BLOCK_C):
+    """dq + the sum over keys of sums[i, key] table[position_i - key + side - 1]; rows of the table
+    from top to bottom are all that it touches."""
+    for c0 in range(top, bottom, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C)
         rows = load_table(table, c, side, DIM, BLOCK_D)
         key = position[:, None] + (side - 1) - c[None, :]
-        mask = known[:, None] & (key >= 0) & (key < side)
+        mask = known[:, None] & (key.to(tl.uint32) < side)
         ds = tl.load(sums + i[:, None] * stride + key, mask=mask, other=0.0)
         dq = tl.dot(ds.to(rows.dtype), rows, dq, input_precision=PRECISION)
     return dq
+
+
+@triton.jit
+def p_and_dp(
+    q, do, lse, k_ptr, v_ptr, k_pad, v_pad, rel, rel_w, r, known, y0, x0, first_row, first_column,
+    row_stride, column_stride, H, W, h, w, tokens, span, scale,
+    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    TABLES: tl.constexpr, PAD: tl.constexpr, EVEN: tl.constexpr, WHOLE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The key tile at (y0, x0): its k, and p and dp = dO·v of every query for it."""
+    n = tl.arange(0, ROWS * COLS)
+    key_y, key_x = y0 + n // COLS, x0 + n % COLS
+    valid = (key_x < w) & (key_y * w + key_x < tokens)
+    row, column = first_row + key_y, first_column + key_x
+    seen = (row < H) & (column < W)
+    k = load_keys(k_ptr, k_pad, row, column, row_stride, column_stride, valid, seen, DIM, BLOCK_D, PAD, WHOLE)
+    v = load_keys(v_ptr, v_pad, row, column, row_stride, column_stride, valid, seen, DIM, BLOCK_D, PAD, WHOLE)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+    if TABLES:
+        rel_h = tl.trans(load_biases(rel, r, y0 + tl.arange(0, ROWS), known, h, span))
+        s = add_biases(s, rel_h - lse[:, None], rel_w, BLOCK_M, ROWS, COLS)
+    else:
+        s -= lse[:, None]
+    p = tl.exp2(s)
+    if not EVEN:
+        p = tl.where(valid[None, :], p, 0.0)
+    return k, p, tl.dot(do, tl.trans(v), input_precision=PRECISION)
 
 
 @triton.jit
@@ -57,17 +85,22 @@ def query_gradients(
     image_stride, row_stride, column_stride, do_image_stride, do_row_stride, do_column_stride,
     heads, down, across, H, W, h, w, tokens, plane, scale,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    BLOCK_C: tl.constexpr, TABLES: tl.constexpr, PAD: tl.constexpr, EVEN: tl.constexpr, CUT: tl.constexpr,
-    WHOLE: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, TABLES: tl.constexpr, PAD: tl.constexpr, PADDED: tl.constexpr, EVEN: tl.constexpr,
+    WHOLE: tl.constexpr, CUT: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(tokens, BLOCK_M)
     unit = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * BLOCK_M
+    image, head, first_row, first_column = place_of(unit, heads, down, across, h, w)
+    end = query_end(first_row, H, w, tokens, PADDED)
+    if PADDED:
+        nothing = first >= end
+        if nothing:
+            return
     r = tl.arange(0, BLOCK_M)
     i = first + r
-    image, head, first_row, first_column = place_of(unit, heads, down, across, h, w)
     y, x = i // w, i % w
-    known = i < tokens
+    known = i < end
     row, column = first_row + y, first_column + x
     inside = known & (row < H) & (column < W)
     base = image * image_stride + head * DIM
@@ -80,6 +113,11 @@ def query_gradients(
         columns = query_biases(
             q, table_h, table_w, rel, r, y, x, known, h, w, span, DIM, BLOCK_D, BLOCK_C, PRECISION
         )
+    else:
+        rel, columns, span = None, None, None
+    k_ptr, v_ptr = k_ptr + base, v_ptr + base
+    if PAD:
+        k_pad, v_pad = k_pad + head * DIM, v_pad + head * DIM
 
     do = load_queries(do_base, row, column, do_row_stride, do_column_stride, inside, DIM, BLOCK_D)
     mask = token_mask(inside, DIM, BLOCK_D)
@@ -88,43 +126,45 @@ def query_gradients(
     out = tl.load(out_ptr + (token * heads + head)[:, None] * DIM + d, mask=mask, other=0.0)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     statistic = (image * heads + head) * plane + row * W + column
-    tl.store(delta_ptr + statistic, delta, mask=inside)
     # A padded query takes no part: p is 0.
-    lse = tl.load(lse_ptr + statistic, mask=inside, other=float("inf")) * LOG2E
+    lse = tl.load(lse_ptr + statistic, mask=inside, other=float("inf"))
+    rounded: tl.constexpr = q.dtype != tl.float32
+    if PADDED and rounded:
+        # Padded keys are all alike, and where most keys are, dp - δ is a small difference of large numbers,
+        # of which a rounded `out` leaves little: there δ is a mean of the very dp that it is taken from.
+        reaches_beyond = (first_row + h > H) | (first_column + w > W)
+        if reaches_beyond:
+            total, weighted = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+            for x0 in range(0, w, COLS):
+                rel_w = None
+                if TABLES:
+                    rel_w = tl.trans(load_biases(columns, r, x0 + tl.arange(0, COLS), known, w, span))
+                for y0 in range(0, h, ROWS):
+                    k, p, dp = p_and_dp(
+                        q, do, lse, k_ptr, v_ptr, k_pad, v_pad, rel, rel_w, r, known, y0, x0,
+                        first_row, first_column, row_stride, column_stride, H, W, h, w, tokens, span, scale,
+                        DIM, BLOCK_D, BLOCK_M, ROWS, COLS, TABLES, PAD, EVEN, WHOLE, PRECISION,
+                    )  # fmt: skip
+                    total += tl.sum(p, 1)
+                    weighted += tl.sum(p * dp, 1)
+            delta = weighted / tl.where(inside, total, 1.0)
+    tl.store(delta_ptr + statistic, delta, mask=inside)
 
-    n = tl.arange(0, ROWS * COLS)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for x0 in range(0, w, COLS):
-        key_x = x0 + n % COLS
-        slice_x = x0 + tl.arange(0, COLS)
+        rel_w = None
         if TABLES:
+            slice_x = x0 + tl.arange(0, COLS)
             rel_w = tl.trans(load_biases(columns, r, slice_x, known, w, span))
             sums_w = tl.zeros((BLOCK_M, COLS), tl.float32)
             if CUT:
                 tl.debug_barrier()  # the sums over rows go on from those of the slice before
         for y0 in range(0, h, ROWS):
-            key_y = y0 + n // COLS
-            valid = (key_x < w) & (key_y * w + key_x < tokens)
-            key_row, key_column = first_row + key_y, first_column + key_x
-            seen = (key_row < H) & (key_column < W)
-            k = load_keys(
-                k_ptr + base, k_pad + head * DIM if PAD else None, key_row, key_column,
-                row_stride, column_stride, valid, seen, DIM, BLOCK_D, PAD, WHOLE,
+            k, p, dp = p_and_dp(
+                q, do, lse, k_ptr, v_ptr, k_pad, v_pad, rel, rel_w, r, known, y0, x0,
+                first_row, first_column, row_stride, column_stride, H, W, h, w, tokens, span, scale,
+                DIM, BLOCK_D, BLOCK_M, ROWS, COLS, TABLES, PAD, EVEN, WHOLE, PRECISION,
             )  # fmt: skip
-            v = load_keys(
-                v_ptr + base, v_pad + head * DIM if PAD else None, key_row, key_column,
-                row_stride, column_stride, valid, seen, DIM, BLOCK_D, PAD, WHOLE,
-            )  # fmt: skip
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-            if TABLES:
-                rel_h = tl.trans(load_biases(rel, r, y0 + tl.arange(0, ROWS), known, h, span))
-                s = add_biases(s, rel_h - lse[:, None], rel_w, BLOCK_M, ROWS, COLS)
-            else:
-                s -= lse[:, None]
-            p = tl.exp2(s)
-            if not EVEN:
-                p = tl.where(valid[None, :], p, 0.0)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             ds = p * (dp - delta[:, None])
             if STORE:
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -149,7 +189,7 @@ def query_gradients(
         r = r + tl.program_id(1)
         i = first + r
         y, x = i // w, i % w
-        known = i < tokens
+        known = i < end
         row, column = first_row + y, first_column + x
         if TABLES:
             tl.debug_barrier()
@@ -172,7 +212,7 @@ def key_gradients(
     image_stride, row_stride, column_stride, do_image_stride, do_row_stride, do_column_stride,
     heads, down, across, H, W, h, w, tokens, plane, scale,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    TABLES: tl.constexpr, PAD: tl.constexpr, WHOLE: tl.constexpr, STORE: tl.constexpr,
+    TABLES: tl.constexpr, PAD: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr, STORE: tl.constexpr,
     STORE_PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     slices = tl.cdiv(w, COLS)
@@ -205,21 +245,22 @@ def key_gradients(
 
     dk = tl.zeros((ROWS * COLS, BLOCK_D), tl.float32)
     dv = tl.zeros((ROWS * COLS, BLOCK_D), tl.float32)
-    for i0 in range(0, tokens, BLOCK_M):
+    end = query_end(first_row, H, w, tokens, PADDED)
+    for i0 in range(0, end, BLOCK_M):
         i = i0 + tl.arange(0, BLOCK_M)
         row, column = first_row + i // w, first_column + i % w
         if WHOLE:
             known = tl.full((BLOCK_M,), True, tl.int1)
             inside = known
         else:
-            known = i < tokens
+            known = i < end
             inside = known & (row < H) & (column < W)
         q = load_queries(q_ptr + base, row, column, row_stride, column_stride, inside, DIM, BLOCK_D, WHOLE)
         do = load_queries(do_base, row, column, do_row_stride, do_column_stride, inside, DIM, BLOCK_D, WHOLE)
         statistic = statistics + row * W + column
         # A padded query takes no part: its p is finite, its q, dO and δ are 0. (Were p made 0 by an lse of
         # infinity, every thread would find out again which of its queries are padded.)
-        lse = tl.load(lse_ptr + statistic, mask=inside, other=0.0) * LOG2E
+        lse = tl.load(lse_ptr + statistic, mask=inside, other=0.0)
         delta = tl.load(delta_ptr + statistic, mask=inside, other=0.0)
         # Keys x queries, so that no operand of the sums below is transposed. What a key beyond the window
         # has in its row stays there, and is not stored.
@@ -252,41 +293,6 @@ def key_gradients(
         tl.store(at + DIM, tl.sum(tl.where(padded, dv, 0.0), 0), mask=d < DIM)
 
 
-@triton.jit
-def table_gradients(
-    q_ptr, sums_ptr, partial_ptr, image_stride, row_stride, column_stride,
-    heads, down, across, H, W, h, w, tokens, units, shares, first_tile,
-    DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Of BLOCK_C rows of a table (those of the rows' first), for one share of the query tiles."""
-    tiles_h = tl.cdiv(2 * h - 1, BLOCK_C)
-    tile = first_tile + tl.program_id(1)
-    of_columns = tile >= tiles_h
-    side = tl.where(of_columns, w, h)
-    c = tl.where(of_columns, tile - tiles_h, tile) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tiles = tl.cdiv(tokens, BLOCK_M)
-    acc = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
-    for t in range(tl.program_id(0), units * tiles, shares):
-        unit = t // tiles
-        i = t % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-        image, head, first_row, first_column = place_of(unit, heads, down, across, h, w)
-        y, x = i // w, i % w
-        row, column = first_row + y, first_column + x
-        inside = (i < tokens) & (row < H) & (column < W)
-        base = q_ptr + image * image_stride + head * DIM
-        q = load_queries(base, row, column, row_stride, column_stride, inside, DIM, BLOCK_D)
-        key = tl.where(of_columns, x, y)[None, :] + (side - 1) - c[:, None]
-        sums = sums_ptr + unit.to(tl.int64) * tokens * (h + w) + tl.where(of_columns, h, 0)
-        mask = inside[None, :] & (key >= 0) & (key < side)
-        ds = tl.load(sums + i[None, :].to(tl.int64) * (h + w) + key, mask=mask, other=0.0)
-        acc = tl.dot(ds.to(q.dtype), q, acc, input_precision=PRECISION)
-    length = 2 * h - 1 + 2 * w - 1
-    at = tl.program_id(0).to(tl.int64) * length + tl.where(of_columns, 2 * h - 1, 0) + c
-    pointers = partial_ptr + at[:, None] * DIM + tl.arange(0, BLOCK_D)[None, :]
-    tl.store(pointers, acc, mask=token_mask(c < 2 * side - 1, DIM, BLOCK_D))
-
-
 def backward(
     grad: Tensor,
     qkv: Tensor,
@@ -308,7 +314,7 @@ def backward(
     _query_gradients(call, grad, out, lse, delta, rel, sums, grad_qkv, mask[0])
     grad_h = grad_w = grad_pad = nothing
     if rel_pos_h is not None and rel_pos_w is not None and (mask[1] or mask[2]):
-        grad_h, grad_w = _table_gradients(call, sums, mask[1], mask[2])
+        grad_h, grad_w = gradients_of_tables(call, sums, mask[1], mask[2])
         grad_h, grad_w = grad_h.to(rel_pos_h.dtype), grad_w.to(rel_pos_w.dtype)
     wants_pad = mask[3] and pad_qkv is not None
     if mask[0] or wants_pad:
@@ -372,26 +378,3 @@ def _key_gradients(
     of_keys = padded.sum((0, 2)).transpose(0, 1).reshape(-1)
     # Padded queries are dropped: their part is 0.
     return torch.cat([of_keys.new_zeros(call.heads * call.dim), of_keys])
-
-
-def _table_gradients(call: Call, sums: Tensor | None, wants_h: bool, wants_w: bool) -> tuple[Tensor, Tensor]:
-    """Both gradients in float32; one that is unwanted is empty."""
-    tile, (h, w) = call.tile("table_gradients"), call.side
-    length_h, length_w = 2 * h - 1, 2 * w - 1
-    tiles_h, tiles_w = cdiv(length_h, tile.keys), cdiv(length_w, tile.keys)
-    shares = min(SHARES, PARTIAL_NUMBERS // ((length_h + length_w) * call.dim), call.units * tile.query_tiles)
-    partial = call.qkv.new_empty(max(1, shares), length_h + length_w, call.dim, dtype=torch.float32)
-    heads, down, across, H, W, _, _, tokens, _ = tile.shape()
-    launch(
-        table_gradients,
-        (partial.shape[0], tiles_h * wants_h + tiles_w * wants_w),
-        call.parts()[0], sums, partial, *tile.strides(call.qkv),
-        heads, down, across, H, W, h, w, tokens, call.units, partial.shape[0], 0 if wants_h else tiles_h,
-        DIM=call.dim, BLOCK_D=power_of_2(call.dim), BLOCK_M=tile.block_m, BLOCK_C=tile.keys,
-        PRECISION=dot_precision(call.qkv.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    nothing = partial.new_empty(0)
-    return (
-        partial[:, :length_h].sum(0) if wants_h else nothing,
-        partial[:, length_h:].sum(0) if wants_w else nothing,
-    )

@@ -7,8 +7,9 @@ wider than a tile is cut into slices of COLS.
 
 `rel` is scratch of (units, h + w, span) floats: log2(e) times the biases of every query for all h key rows
 and all w key columns. Neighbours in memory are queries (span: tokens, up to a multiple of 16), so that a
-thread copies 16 bytes at once. The program that uses a query tile's biases writes them, and reads back what
-its own threads wrote. Logits are in units of log2(e), so that exp2 serves.
+thread copies 16 bytes at once. The program that uses a query tile's biases writes them and reads them back:
+a thread what other threads of its block wrote, which only the barrier between the two makes right. Logits are
+in units of log2(e), so that exp2 serves.
 """
 
 from __future__ import annotations
@@ -25,16 +26,23 @@ from torch import Tensor
 from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def place_of(unit, heads, down, across, h, w):
     """Image, head, and first grid row and column of a unit. Heads run fastest: neighbours in memory."""
     window = unit // heads
-    first_row = window // across % down * h
-    first_column = window % across * w
-    return (window // (across * down)).to(tl.int64), unit % heads, first_row, first_column
+    row = window // across  # of windows
+    return (row // down).to(tl.int64), unit % heads, row % down * h, window % across * w
+
+
+@triton.jit
+def query_end(first_row, H, w, tokens, PADDED: tl.constexpr):
+    """Where the queries of a unit end: after the last row inside the grid; nobody asks for those beyond."""
+    end = tokens
+    if PADDED:
+        end = tl.minimum(tokens, (H - first_row) * w)
+    return end
 
 
 @triton.jit
@@ -233,7 +241,8 @@ class Call:
         return self.scratch(self.tokens, sum(self.side))
 
     def tile(self, kernel: str) -> Tile:
-        """The configuration of `kernel`, no larger than the call."""
+        """The configuration of `kernel`, no larger than the call: where 128 queries take 8 warps, the 49 of a
+        window of 7 are a tile of 64, which takes 4."""
         found = config(f"rel_pos_attention.{kernel}", shape_class(self), self.qkv.device)
         block_m = min(found["BLOCK_M"], power_of_2(self.tokens))
         if self.flat:
@@ -311,6 +320,7 @@ class Tile:
             "COLS": self.columns,
             "TABLES": call.tables,
             "PAD": call.pad_qkv is not None,
+            "PADDED": not self.unpadded,
             "PRECISION": dot_precision(call.qkv.dtype),
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
@@ -345,7 +355,11 @@ def shape_class(call: Call) -> str:
 
 
 def key_tile(h: int, w: int, block_n: int) -> tuple[int, int]:
-    """Rows and columns of a tile of at most block_n keys: fewest tiles, then fewest slices of a row."""
+    """Rows and columns of a tile of at most block_n keys: fewest tiles, then fewest slices of a row.
+
+    64 keys of a window of 14: 4 x 16 cover it with 4 tiles of whole rows, 8 x 8 with 4 of two slices, 2 x 32
+    with 7; so 4 x 16.
+    """
     block_n = max(16, min(block_n, power_of_2(h, 1) * power_of_2(w, 1)))
     widths = [1 << bit for bit in range(block_n.bit_length())]
 
