@@ -342,7 +342,8 @@ _ARGUMENTS = (
     "Tensor? rel_pos_h, Tensor? rel_pos_w, Tensor? pad_qkv, int num_heads, int window_size, float scale"
 )
 
-# The output, and the log-sum-exp (B, n, H, W) of every query's scores, from which backward rebuilds them.
+# The output, and the log-sum-exp (B, n, H, W) of every query's scores, from which backward rebuilds them (in
+# Triton to base 2: only the backward of the same backend reads it).
 _attention_forward = define(
     f"rel_pos_attention_forward(Tensor qkv, {_ARGUMENTS}) -> (Tensor, Tensor)",
     reference=_forward_composite,
