@@ -25,6 +25,15 @@ def test_an_operators_table_is_the_reports(suite: str) -> None:
     assert page == expected, "run python -m benchmarks.tables"
 
 
+@pytest.mark.parametrize("page", tables.SHOWN)
+def test_a_pages_resources_are_those_that_were_compiled(page: str) -> None:
+    text = (ROOT / "docs" / "kernels" / f"{page}.md").read_text(encoding="utf-8")
+    new = tables.resources(page, read_json(tables.COMPILED)["rows"])
+    for begins in tables.SHOWN[page]:
+        assert f"| {begins}" in new
+    assert text == tables.with_table(text, new, "sm_80"), "run python -m benchmarks.tables"
+
+
 # A row of README's table, by how it begins, and the case whose ratios to its peers stand in it.
 ROWS = {
     "… against timm eager": ("models", "forward, SAM ViT-B encoder, 1024 pixels, batch 1", None),
