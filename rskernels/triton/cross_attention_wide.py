@@ -124,13 +124,14 @@ def forward_wide(
 @triton.jit
 def _weights_wide(
     grad, q, k, v, statistics, delta, bits, p_out, ds_out,
-    heads, queries, keys, first, last, row_stride, tiles_n, groups, scale,
+    heads, queries, keys, first, row_stride, tiles_n, groups, scale,
     g_b, g_h, g_n, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, FIRST: tl.constexpr, ALL_KEYS: tl.constexpr, P: tl.constexpr, DS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """p (0 for a dropped key) and ds of a tile of queries and of keys first..last, (B, h, Q, row_stride)."""
+    """p (0 for a dropped key) and ds of a tile of queries and of keys from first on, (B, h, Q, row_stride);
+    zeros behind the last key, so that `_product` takes whole vectors, whose masks end at a multiple of 16."""
     tile, tile_n, b, h = locate(tl.cdiv(queries, BLOCK_M), tiles_n, heads)
     h64 = tl.cast(h, tl.int64)
     start, n = tile * BLOCK_M, first + tile_n * BLOCK_N
@@ -151,7 +152,7 @@ def _weights_wide(
         top, factor = load_statistics(statistics, row, query < queries)
         p = tl.where(seen, powers(product, scale, top[:, None]) * factor[:, None], 0.0)
     at = row[:, None] * row_stride + (key - first)
-    inside = (query < queries)[:, None] & (key < last)
+    inside = (query < queries)[:, None] & (key - first < row_stride)
     if P:
         kept = tl.where(key >= FIRST, p, 0.0)
         tl.store(p_out + at, kept.to(p_out.dtype.element_ty), inside)
@@ -170,22 +171,28 @@ def _weights_wide(
 @triton.jit
 def _product(
     weights, x, out, batch, heads, rows, terms, parts, part, columns, first, total, scale,
-    w_entry, w_row, w_term, x_b, x_h, x_n,
+    w_entry, w_stride, x_b, x_h, x_n,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    ADD: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """scale · weights (B, h, rows, terms) @ x (B, h, terms, d), a part of the terms, into rows first.. of
-    `out` (parts · B, total, h, d). ADD: to what `out` (float32) has."""
+    `out` (parts · B, total, h, d). TRANSPOSED: weights lie as (terms, rows), and are loaded so: neighbours in
+    memory sixteen bytes at once. ADD: to what `out` (float32) has."""
     tile, index, b, h = locate(tl.cdiv(rows, BLOCK_M) * columns, parts, heads)
     start, c = tile // columns * BLOCK_M, tile % columns * BLOCK_D
-    row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)[:, None]
-    weights += (b * heads + h) * w_entry + row * w_row
+    row = start + tl.arange(0, BLOCK_M)
+    weights += (b * heads + h) * w_entry
     x += b * x_b + tl.cast(h, tl.int64) * x_h
     slot = index * batch + b
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for n in range(index * part, tl.minimum(index * part + part, terms), BLOCK_K):
-        term = tl.cast(n, tl.int64) + tl.arange(0, BLOCK_K)[None, :]
-        w_tile = tl.load(weights + term * w_term, (row < rows) & (term < terms), other=0.0)
+        term = n + tl.arange(0, BLOCK_K)
+        if TRANSPOSED:
+            at = weights + term.to(tl.int64)[:, None] * w_stride + row[None, :]
+            w_tile = tl.trans(tl.load(at, (term < terms)[:, None] & (row < w_stride)[None, :], other=0.0))
+        else:
+            at = weights + row.to(tl.int64)[:, None] * w_stride + term[None, :]
+            w_tile = tl.load(at, (row < rows)[:, None] & (term < w_stride)[None, :], other=0.0)
         x_tile = load_tile(x, n, terms, x_n, c, HEAD_DIM, BLOCK_K, BLOCK_D)
         acc = tl.dot(w_tile, x_tile, acc, input_precision=PRECISION)
     acc *= scale
@@ -228,17 +235,18 @@ def backward_wide(
         tuned["BLOCK_N"] = power_of_2(keys)
     shape = config("cross_attention.product", kind, q.device)
     columns = cdiv(dim, shape["BLOCK_D"])
+    assert one or tuned["BLOCK_N"] % shape["BLOCK_K"] == 0  # a step reads no key that no tile wrote
 
     def multiply(
-        weights: Tensor, x: Tensor, into: Gradient, rows: int, first: int, steps: tuple[int, int],
-        cuts: tuple[int, int], factor: float, add: bool = False,
+        weights: Tensor, x: Tensor, into: Gradient, rows: int, first: int, cuts: tuple[int, int],
+        factor: float, transposed: bool = True, add: bool = False,
     ) -> None:  # fmt: skip
         assert into.buffer is not None
         launch(
             _product, (cdiv(rows, shape["BLOCK_M"]) * columns * cuts[0] * batch * heads,),
             weights, x, into.buffer, batch, heads, rows, x.shape[2], *cuts, columns, first, into.of.shape[2],
-            factor, queries * row_stride, *steps, *strides(x),
-            HEAD_DIM=dim, ADD=add, PRECISION=precision, **shape,
+            factor, queries * row_stride, row_stride, *strides(x),
+            HEAD_DIM=dim, TRANSPOSED=transposed, ADD=add, PRECISION=precision, **shape,
         )  # fmt: skip
 
     tiles = cdiv(min(width, keys), shape["BLOCK_M"]) * columns * batch * heads
@@ -251,7 +259,7 @@ def backward_wide(
         launch(
             _weights_wide, (cdiv(queries, tuned["BLOCK_M"]) * tiles_n * batch * heads,),
             grad, q, k, v, statistics, delta, bits, p, ds,
-            heads, queries, keys, first, last, row_stride, tiles_n, groups, scale * LOG2_E,
+            heads, queries, keys, first, row_stride, tiles_n, groups, scale * LOG2_E,
             *strides(grad), *strides(q), *strides(k), *strides(v),
             HEAD_DIM=dim, MASKED=mask is not None, FIRST=int(drop_first_key_value), ALL_KEYS=one,
             P=p is not None, DS=ds is not None, PRECISION=precision, **tuned,
@@ -259,9 +267,9 @@ def backward_wide(
         if ds is not None and dq.wanted:
             some_keys = k[:, :, first:last]
             cut_keys = (1, cdiv(last - first, shape["BLOCK_K"]) * shape["BLOCK_K"])
-            multiply(ds, some_keys, dq, queries, 0, (row_stride, 1), cut_keys, scale, first > 0)
+            multiply(ds, some_keys, dq, queries, 0, cut_keys, scale, transposed=False, add=first > 0)
         if ds is not None and dk.wanted:
-            multiply(ds, q, dk, last - first, first, (1, row_stride), cuts, scale)
+            multiply(ds, q, dk, last - first, first, cuts, scale)
         if p is not None:
-            multiply(p, grad, dv, last - first, first, (1, row_stride), cuts, 1.0)
+            multiply(p, grad, dv, last - first, first, cuts, 1.0)
     return dq.done(), dk.done(), dv.done()
