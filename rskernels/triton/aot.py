@@ -248,7 +248,7 @@ def read_table(file: Path) -> dict[str, Compiled]:
 
 def write_table(file: Path, rows: Iterable[Compiled]) -> None:
     """One line a row, all or nothing."""
-    lines = ",\n".join(json.dumps(list(asdict(row).values())) for row in rows)
+    lines = ",\n".join(json.dumps(list(asdict(row).values()), separators=(",", ":")) for row in rows)
     temporary = file.with_suffix(".tmp")
     temporary.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
     temporary.replace(file)
