@@ -21,6 +21,7 @@ from gpu_processes import ROOT, Command, Outcome, cores, useful_line
 
 TESTS = "tests/rskernels/triton"
 NOT_HERE = f"{TESTS}/test_aot.py"  # of a table of other chips: what it asks, the part "aot" asks of this one
+MOST = 32  # processes that test at once: each has a context of CUDA's, of some hundred MiB
 FEW = 2  # functions of a file of tests in a dry run: the interpreter is slow
 EXAMPLES = {True: 1, False: 3}  # of an operator that are compiled, in a dry run or not
 SUFFIXES = (".py", ".json", ".cpp", ".h", ".cu")  # of sources
@@ -130,11 +131,14 @@ class Correctness(Part):
 
     sources = ("rskernels", "tests/rskernels")
 
+    def at_once(self) -> int:
+        return min(cores(), MOST)
+
     def commands(self, check: Check) -> list[Command]:
         one_thread = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         one_thread |= {"TRITON_INTERPRET": "1"} if check.dry else {}
         through_dispatch = [] if check.dry else [one_pass(check, again=True)]  # no kernel serves a CPU
-        shares = max(1, cores() - len(through_dispatch))
+        shares = max(1, self.at_once() - len(through_dispatch))
         commands = []
         for number in range(1, shares + 1):
             name = f"tests-{number}"

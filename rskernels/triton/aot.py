@@ -111,24 +111,34 @@ class NoDriver:
 _noted: list[Launch] = []  # cannot be pickled: forked processes find them here
 
 
-def _warm(numbers: Sequence[int], chip: int) -> None:
+def _warm(numbers: Sequence[int], chip: int, at: Any) -> None:
     driver.set_active(NoDriver(chip))
     for number in numbers:
-        one = _noted[number]
+        one, at.value = _noted[number], number
         with contextlib.suppress(Exception):  # the first call meets it again, where the reason is told
             one.kernel.warmup(*one.arguments, grid=one.grid, **one.constants)
 
 
-def warm(launches: Sequence[Launch], chip: int, jobs: int) -> None:
-    """Compile what `launches` would into Triton's cache, on `jobs` processes: first calls then load it."""
+def warm(launches: Sequence[Launch], chip: int, jobs: int) -> set[int]:
+    """Compile what `launches` would into Triton's cache, on `jobs` processes: first calls then load it.
+    Returns those that ended their process, as they would end the caller's."""
     _noted[:] = launches
     context = multiprocessing.get_context("fork")  # none of them calls CUDA
     shares = [range(first, len(launches), jobs) for first in range(min(jobs, len(launches)))]
-    processes = [context.Process(target=_warm, args=(share, chip)) for share in shares]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    fatal: set[int] = set()
+    while shares:
+        places = [context.Value("i", share[0], lock=False) for share in shares]
+        pairs = zip(shares, places, strict=True)
+        processes = [context.Process(target=_warm, args=(share, chip, at)) for share, at in pairs]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        died = [i for i, process in enumerate(processes) if process.exitcode]
+        fatal |= {places[i].value for i in died}
+        rests = [shares[i][shares[i].index(places[i].value) + 1 :] for i in died]
+        shares = [rest for rest in rests if rest]
+    return fatal
 
 
 @functools.cache
@@ -281,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=list(OPERATORS))
     parser.add_argument("--examples", type=int, metavar="N", help="only the first N of each operator")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)"
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--output", type=Path, help="JSON file for the table; what it has stays")

@@ -22,6 +22,7 @@ from rskernels.triton.cross_attention_parts import (
     LOG2_E,
     aligned,
     attends,
+    check,
     cut,
     load_tile,
     locate,
@@ -136,6 +137,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The output (B, h, Q, d), in memory (B, Q, h, d), and what backward has to know of every softmax,
     (B, h, Q, 2) float32: see `store_statistics`."""
+    check("cross_attention_forward", q, k, v, mask)
     batch, heads, queries, dim = q.shape
     if dim % 16:
         out, statistics = forward(padded(q), padded(k), padded(v), mask, scale, drop_first_key_value)

@@ -9,6 +9,7 @@ its tile is all there is: of the queries (Mask2Former's), or of the keys (SAM's 
 computed once. Sums across programs are float32 parts, added up in order. Wide heads: `backward_wide`.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +19,7 @@ from rskernels.triton.cross_attention_parts import (
     Gradient,
     aligned,
     attends,
+    check,
     cut,
     load_statistics,
     load_tile,
@@ -36,6 +38,7 @@ from rskernels.triton.launch import (
     config,
     dot_precision,
     dtype_class,
+    expect,
     launch,
     power_of_2,
 )
@@ -175,6 +178,11 @@ def backward(
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv, each in memory (B, N, h, d); empty tensors for those that are not wanted."""
+    name = "cross_attention_backward"
+    check(name, q, k, v, mask)
+    expect(f"{name}: grad", grad, q.shape, q)
+    expect(f"{name}: out", out, q.shape, q)
+    expect(f"{name}: statistics", statistics, (*q.shape[:3], 2), q, torch.float32)
     batch, heads, queries, dim = q.shape
     keys = k.shape[2]
     options = (mask, scale, drop_first_key_value, wanted)

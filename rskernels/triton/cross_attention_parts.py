@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rskernels.triton.launch import cdiv, launch, power_of_2, with_channels_together
+from rskernels.triton.launch import cdiv, expect, launch, power_of_2, with_channels_together
 
 LOG2_E = 1.4426950408889634
 PROGRAMS = 256  # cuts are made until there are as many: two for each multiprocessor of the largest chip
@@ -30,6 +30,20 @@ def cut(length: int, other: int, programs: int) -> tuple[int, int]:
     least = 2 * other if programs * length >= PROGRAMS * other else other
     part = CUT * cdiv(max(cdiv(length, cdiv(PROGRAMS, programs)), least, 1), CUT)
     return max(cdiv(length, part), 1), part
+
+
+def check(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    """What the public function has refused already; an exported graph calls the operator itself."""
+    if q.dim() != 4 or k.dim() != 4 or k.shape[2] == 0:
+        raise ValueError(
+            f"{name}: q has shape {tuple(q.shape)}, k {tuple(k.shape)}; expected 4 dimensions and at least one key"
+        )
+    batch, heads, queries, dim = q.shape
+    for what, x in (("k", k), ("v", v)):  # one entry may serve the whole batch
+        entries = 1 if x.shape[0] == 1 else batch
+        expect(f"{name}: {what}", x, (entries, heads, k.shape[2], dim), q)
+    if mask is not None:
+        expect(f"{name}: mask", mask, (batch, queries, k.shape[2]), q, torch.bool)
 
 
 def padded(x: Tensor) -> Tensor:

@@ -235,7 +235,8 @@ def backward_wide(
         tuned["BLOCK_N"] = power_of_2(keys)
     shape = config("cross_attention.product", kind, q.device)
     columns = cdiv(dim, shape["BLOCK_D"])
-    assert one or tuned["BLOCK_N"] % shape["BLOCK_K"] == 0  # a step reads no key that no tile wrote
+    # A step reads no key that no tile wrote, and no program reaches into the next slab.
+    assert one or (tuned["BLOCK_N"] % shape["BLOCK_K"] == 0 and ONE_TILE % shape["BLOCK_M"] == 0)
 
     def multiply(
         weights: Tensor, x: Tensor, into: Gradient, rows: int, first: int, cuts: tuple[int, int],

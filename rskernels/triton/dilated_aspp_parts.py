@@ -174,8 +174,16 @@ def examples_of(call: Callable[..., None]) -> Iterator[tuple[str, Callable[[], N
     """`call`, given a dtype and the rest of a row, for all of EXAMPLES; float32 without TF32 and with it."""
 
     def run(tf32: bool, *arguments: Any) -> None:
-        with torch.backends.cudnn.flags(allow_tf32=tf32):
+        switch: Any = getattr(torch.backends.cudnn, "conv", None)
+        if not hasattr(switch, "fp32_precision"):  # PyTorch's older switch, of convolutions and RNNs together
+            with torch.backends.cudnn.flags(allow_tf32=tf32):
+                call(*arguments)
+            return
+        before, switch.fp32_precision = switch.fp32_precision, "tf32" if tf32 else "ieee"
+        try:
             call(*arguments)
+        finally:
+            switch.fp32_precision = before
 
     kinds = (
         ("float32", torch.float32, False),

@@ -218,6 +218,7 @@ def backward_kernel(
     difference = s - t
     result = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if HAS_KL:
+        count = tl.cast(count, tl.int64)  # three of it pass 2^31
         at = stats + i0 * r0 + i1 * r1 + m_wide * rm
         top_s = tl.load(at, mask=m_in, other=0.0)
         inverse_s = tl.load(at + count, mask=m_in, other=0.0)

@@ -52,6 +52,7 @@ def keep(
     per_temperature, STUDENT_FIRST: tl.constexpr,
 ):  # fmt: skip
     """Write what backward needs of some distributions, and their part of both losses."""
+    count = tl.cast(count, tl.int64)  # three of it pass 2^31
     kl, mean = _divergence(top_s, sum_s, top_t, sum_t, weighted, shift, per_temperature, STUDENT_FIRST)
     tl.store(stats + at, top_s, mask=mask)
     tl.store(stats + count + at, 1 / sum_s, mask=mask)

@@ -8,7 +8,7 @@ constants of a kernel: this machine's where `python -m rskernels tune` measured 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+import importlib
 import json
 import math
 import warnings
@@ -219,8 +219,8 @@ def _possible(name: str, value: int) -> bool:
 
 @functools.cache
 def triton_version() -> str:
-    """Of the Triton that is installed; importing it takes seconds."""
-    return importlib.metadata.version("triton")
+    """As Triton says it: nightly wheels have other names, or a suffix. Importing it takes seconds."""
+    return str(importlib.import_module("triton").__version__)
 
 
 def with_channels_together(x: Tensor) -> Tensor:

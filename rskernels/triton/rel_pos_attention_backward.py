@@ -315,7 +315,8 @@ def backward(
     grad_h = grad_w = grad_pad = nothing
     if rel_pos_h is not None and rel_pos_w is not None and (mask[1] or mask[2]):
         grad_h, grad_w = gradients_of_tables(call, sums, mask[1], mask[2])
-        grad_h, grad_w = grad_h.to(rel_pos_h.dtype), grad_w.to(rel_pos_w.dtype)
+        grad_h = grad_h.to(rel_pos_h.dtype) if mask[1] else nothing
+        grad_w = grad_w.to(rel_pos_w.dtype) if mask[2] else nothing
     wants_pad = mask[3] and pad_qkv is not None
     if mask[0] or wants_pad:
         padded = _key_gradients(call, grad, lse, delta, rel, grad_qkv, mask[0], wants_pad)

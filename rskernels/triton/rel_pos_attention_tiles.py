@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, power_of_2
+from rskernels.triton.launch import cdiv, config, dot_precision, dtype_class, expect, power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -41,7 +41,7 @@ def query_end(first_row, H, w, tokens, PADDED: tl.constexpr):
     """Where the queries of a unit end: after the last row inside the grid; nobody asks for those beyond."""
     end = tokens
     if PADDED:
-        end = tl.minimum(tokens, (H - first_row) * w)
+        end = tl.minimum(tokens // w, H - first_row) * w
     return end
 
 
@@ -138,8 +138,8 @@ def query_biases(
     q, table_h, table_w, rel, i, y, x, known, h, w, span,
     DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    top, bottom, left, right = table_range(y, x, h, w, known)
     """Both, for the tile whose first query `rel` begins with; returns where its columns' begin."""
+    top, bottom, left, right = table_range(y, x, h, w, known)
     columns = rel + tl.cast(h, tl.int64) * span
     write_biases(q, table_h, rel, i, y, known, h, span, top, bottom, DIM, BLOCK_D, BLOCK_C, PRECISION)
     write_biases(q, table_w, columns, i, x, known, w, span, left, right, DIM, BLOCK_D, BLOCK_C, PRECISION)
@@ -185,6 +185,16 @@ class Call:
         scale: float,
     ) -> Call:
         """Everything in qkv's dtype, with channels that are neighbours in memory."""
+        channels = qkv.shape[3]
+        sides = (window_size, window_size) if window_size else qkv.shape[1:3]
+        for name, table, side in zip(("rel_pos_h", "rel_pos_w"), (rel_pos_h, rel_pos_w), sides, strict=True):
+            if table is not None:
+                shape = (2 * side - 1, channels // (3 * num_heads))
+                expect(f"rel_pos_attention: {name}", table, shape, qkv, table.dtype)
+        if (rel_pos_h is None) != (rel_pos_w is None):
+            raise ValueError("rel_pos_attention: one of both tables is None; expected both or neither")
+        if pad_qkv is not None:
+            expect("rel_pos_attention: pad_qkv", pad_qkv, (channels,), qkv, pad_qkv.dtype)
         if qkv.stride(3) != 1:
             qkv = qkv.contiguous()
         table_h, table_w, pad = (

@@ -84,12 +84,13 @@ def tune(
     file.parent.mkdir(parents=True, exist_ok=True)  # what is wrong with it, before minutes of measuring
     stop = time.monotonic() + seconds
     found: list[Found] = []
-    classes = [
-        (*key, examples, module.candidates(key[0].partition(".")[2], key[1]))
-        for operator in (aot.OPERATORS if operators is None else operators)
-        for module in [importlib.import_module(f"rskernels.triton.{operator}")]
-        for key, examples in classes_of(module.examples(), capability).items()
-    ]
+    by_class: dict[tuple[str, str], tuple[list[Example], Iterable[Constants]]] = {}
+    for operator in aot.OPERATORS if operators is None else operators:
+        module = importlib.import_module(f"rskernels.triton.{operator}")
+        for key, examples in classes_of(module.examples(), capability).items():  # two modules may share one
+            tried = module.candidates(key[0].partition(".")[2], key[1])
+            by_class.setdefault(key, ([], tried))[0].extend(examples)
+    classes = [(*key, *what) for key, what in by_class.items()]
     known = {} if again else _stored(file, capability).get("measured", {})
     left = [one for one in classes if one[1] not in known.get(one[0], ())]
     if len(left) < len(classes):
@@ -183,13 +184,19 @@ def _best(
     noted = [
         [_note(call, chip, {(kernel, shape_class): one}) for one in (shipped, *others)] for call in examples
     ]
+    deadly: set[str] = set()
     if device.type == "cuda":
         every = aot.distinct(one for variants in noted for launches in variants for one in launches)
-        aot.warm(list(every.values()), launch.capability_of(device), os.cpu_count() or 1)
+        jobs = len(os.sched_getaffinity(0))
+        fatal = aot.warm(list(every.values()), launch.capability_of(device), jobs)
+        deadly = {key for number, key in enumerate(every) if number in fatal}
     shares: dict[int, list[float]] = {number: [] for number in range(len(others))}
     refused: dict[str, str] = {}
     for launches in noted:
         concerned = _differing(launches)
+        ends = [bool(deadly & aot.distinct(variant).keys()) for variant in launches] if deadly else []
+        if ends and ends[0]:
+            return Found(kernel, shape_class, shipped, 1.0, 0, {"shipped": "its compilation crashes"})
         reference = _Replay(launches[0], device)
         if reason := _failure(reference):
             refused["shipped"] = reason
@@ -198,6 +205,10 @@ def _best(
         bound = max(ALLOWED[dtype] for dtype in reference.dtypes)
         seconds = timer(partial(reference.run, concerned))
         for number in list(shares):
+            if ends and ends[1 + number]:
+                refused[json.dumps(others[number])] = "its compilation crashes"
+                del shares[number]
+                continue
             replay = _Replay(launches[1 + number], device)
             same_constants = set(others[number]) == set(shipped)
             reason = (
@@ -304,6 +315,8 @@ def _failure(replay: _Replay) -> str:
         if replay.device.type == "cuda":
             torch.cuda.synchronize()
     except Exception as error:  # whatever Triton raises: registers, shared memory, a tile it cannot make
+        if replay.device.type == "cuda":
+            torch.cuda.synchronize()  # a fault, after which the device answers no more, is this class's
         lines = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {lines[0]}"[:160]
     return ""
@@ -364,7 +377,7 @@ def _store(file: Path, capability: int, device: torch.device, row: Found) -> Non
     stored = {
         "version": __version__,
         "capability": capability,
-        "triton": triton.__version__,
+        "triton": launch.triton_version(),
         "configs": {kernel: classes for kernel, classes in configs.items() if classes},
         "measured": measured,
         "measured_with": {

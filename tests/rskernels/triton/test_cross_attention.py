@@ -362,3 +362,21 @@ def test_the_operator_on_a_device(case: Case, dtype: torch.dtype, device: torch.
         tail = (mask, case.dim**-0.5, case.drop)
         torch.library.opcheck(torch.ops.rskernels.cross_attention_forward.default, (*leaves, *tail))
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("match", "k", "v", "mask"),
+    [
+        (r"v has shape \(1, 2, 8, 16\); expected \(1, 2, 40, 16\)", (1, 2, 40, 16), (1, 2, 8, 16), None),
+        (r"k has shape \(1, 2, 40, 8\); expected \(1, 2, 40, 16\)", (1, 2, 40, 8), (1, 2, 40, 8), None),
+        ("at least one key", (1, 2, 0, 16), (1, 2, 0, 16), None),
+        (r"mask has shape \(1, 5, 4\); expected \(1, 5, 40\)", (1, 2, 40, 16), (1, 2, 40, 16), (1, 5, 4)),
+    ],
+)
+def test_a_direct_call_that_does_not_fit_is_refused(match, k, v, mask) -> None:
+    q, k, v = torch.zeros(1, 2, 5, 16), torch.zeros(k), torch.zeros(v)
+    mask = None if mask is None else torch.zeros(mask, dtype=torch.bool)
+    with pytest.raises(ValueError, match=match):
+        kernels.forward(q, k, v, mask, 1.0, False)
+    with pytest.raises(ValueError, match=match):
+        kernels.backward(q, q, k, v, q, torch.zeros(1, 2, 5, 2), mask, 1.0, False, [True] * 3)

@@ -329,3 +329,19 @@ def test_the_operator_on_a_device(dtype: torch.dtype) -> None:
         assert relative_error(value, expected.double()) < 4 * allowed_error(value)
     plain = [t.detach() for t in arguments]
     torch.library.opcheck(operator._attention_forward, (*plain, 2, 14, 0.125))
+
+
+@pytest.mark.parametrize(
+    ("match", "tables", "pad"),
+    [
+        (r"rel_pos_h has shape \(3, 16\); expected \(7, 16\)", ((3, 16), (9, 16)), None),
+        (r"rel_pos_w has shape \(9, 8\); expected \(9, 16\)", ((7, 16), (9, 8)), None),
+        ("one of both tables is None", ((7, 16), None), None),
+        (r"pad_qkv has shape \(7,\); expected \(48,\)", (None, None), 7),
+    ],
+)
+def test_a_direct_call_that_does_not_fit_is_refused(match, tables, pad) -> None:
+    table_h, table_w = (None if shape is None else torch.zeros(shape) for shape in tables)
+    pad_qkv = None if pad is None else torch.zeros(pad)
+    with pytest.raises(ValueError, match=f"rel_pos_attention: {match}"):
+        kernels.forward(torch.zeros(1, 4, 5, 48), table_h, table_w, pad_qkv, 1, 0, 1.0)

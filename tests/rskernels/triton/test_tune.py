@@ -5,6 +5,7 @@ Time is a fake clock's; the kernels run in Triton's interpreter, or on the devic
 
 import importlib
 import json
+import os
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -188,6 +189,28 @@ def test_a_fault_of_the_device_ends_it_and_the_next_run_begins_behind(tiny, devi
         tuner.tune(device, timer=faulty)
     (row,) = tuner.tune(device, timer=Clock(monkeypatch, {}))
     assert json.loads(tiny.file.read_text())["configs"] == {} and row.kernel == "tiny.scale"
+
+
+def test_a_class_of_two_modules_is_measured_once(tiny, device, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rskernels.triton.tiny_backward", sys.modules["rskernels.triton.tiny"])
+    monkeypatch.setattr(tuner.aot, "OPERATORS", ("tiny", "tiny_backward"))
+    found = tuner.tune(device, timer=Clock(monkeypatch, {("scale_rows", 64): 0.5}))
+    assert sorted(row.kernel for row in found) == ["tiny.add", "tiny.scale"]
+
+
+def test_what_crashes_the_compiler_is_found_out_in_processes_of_its_own(tmp_path):
+    class Kernel:
+        def __init__(self, number):
+            self.number = number
+
+        def warmup(self, grid):
+            if self.number in (0, 3):
+                os._exit(9)
+            (tmp_path / str(self.number)).touch()
+
+    launches = [launch.Launch(Kernel(number), (1,), (), {}) for number in range(6)]
+    assert aot.warm(launches, CAPABILITY, jobs=2) == {0, 3}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2", "4", "5"]
 
 
 def test_the_time_that_is_over_ends_it(tiny, device, monkeypatch, capsys):
