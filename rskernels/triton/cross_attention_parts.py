@@ -35,9 +35,8 @@ def cut(length: int, other: int, programs: int) -> tuple[int, int]:
 def check(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
     """What the public function has refused already; an exported graph calls the operator itself."""
     if q.dim() != 4 or k.dim() != 4 or k.shape[2] == 0:
-        raise ValueError(
-            f"{name}: q has shape {tuple(q.shape)}, k {tuple(k.shape)}; expected 4 dimensions and at least one key"
-        )
+        shapes = f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}"
+        raise ValueError(f"{name}: {shapes}; expected 4 dimensions and at least one key")
     batch, heads, queries, dim = q.shape
     for what, x in (("k", k), ("v", v)):  # one entry may serve the whole batch
         entries = 1 if x.shape[0] == 1 else batch
