@@ -28,15 +28,14 @@ from torch import Tensor
 from rskernels import __version__, tuning
 from rskernels.triton import aot, launch
 from rskernels.triton.launch import CHIPS, CONFIGS, Configs, Launch, noting, trying
+from rskernels.triton.replay import Buffer, Replay
 
 # A configuration must take less than this share of the shipped one's time to replace it.
 MARGIN = 0.97
 # Of ‖out − shipped‖ / ‖shipped‖, by the coarsest dtype of a call: other tiles sum in another order.
 ALLOWED = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
-GAIN = 0.25  # of the random numbers in the tensors: no exponential of their products overflows
 
 Constants = Mapping[str, int]
-Buffer = tuple[torch.dtype, int, int]  # dtype, elements, and which of those
 Timer = Callable[[Callable[[], Any]], float]
 Example = Callable[[], Any]
 
@@ -197,7 +196,7 @@ def _best(
         ends = [bool(deadly & aot.distinct(variant).keys()) for variant in launches] if deadly else []
         if ends and ends[0]:
             return Found(kernel, shape_class, shipped, 1.0, 0, {"shipped": "its compilation crashes"})
-        reference = _Replay(launches[0], device)
+        reference = Replay(launches[0], device)
         if reason := _failure(reference):
             refused["shipped"] = reason
             return Found(kernel, shape_class, shipped, 1.0, 0, refused)
@@ -205,15 +204,13 @@ def _best(
         bound = max(ALLOWED[dtype] for dtype in reference.dtypes)
         seconds = timer(partial(reference.run, concerned))
         for number in list(shares):
+            replay = Replay(launches[1 + number], device)
             if ends and ends[1 + number]:
-                refused[json.dumps(others[number])] = "its compilation crashes"
-                del shares[number]
-                continue
-            replay = _Replay(launches[1 + number], device)
-            same_constants = set(others[number]) == set(shipped)
-            reason = (
-                _problem(replay, expected, bound) if same_constants else "other constants than the shipped"
-            )
+                reason = "its compilation crashes"
+            elif set(others[number]) != set(shipped):
+                reason = "other constants than the shipped"
+            else:
+                reason = _problem(replay, expected, bound)
             if reason:
                 refused[json.dumps(others[number])] = reason
                 del shares[number]
@@ -249,66 +246,7 @@ def _differing(variants: Sequence[Sequence[Launch]]) -> list[int] | None:
     return changed or None
 
 
-class _Replay:
-    """Noted launches with tensors of their own on a device: the same numbers in every replay, views and what
-    one launch hands to the next included."""
-
-    def __init__(self, launches: Sequence[Launch], device: torch.device) -> None:
-        self.device = device
-        self.buffers: dict[int, Tensor] = {}  # by the noted storage
-        self.named: dict[Buffer, Tensor] = {}
-        self.before: dict[Buffer, Tensor] = {}
-        self.dtypes: set[torch.dtype] = set()
-        self.noted = launches  # keeps the noted storages alive, and with them what identifies them
-        self.launches = [
-            Launch(one.kernel, one.grid, tuple(map(self._moved, one.arguments)), one.constants)
-            for one in launches
-        ]
-
-    def run(self, which: Sequence[int] | None = None) -> None:
-        for one in self.launches if which is None else (self.launches[i] for i in which):
-            launch.launch(one.kernel, one.grid, *one.arguments, **one.constants)
-
-    def written(self) -> dict[Buffer, Tensor]:
-        """Copies of the buffers that the launches changed."""
-        return {key: x.clone() for key, x in self.named.items() if not torch.equal(x, self._filled(key))}
-
-    def _moved(self, value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(map(self._moved, value))
-        if not isinstance(value, Tensor):
-            return value
-        storage = value.untyped_storage()
-        if storage._cdata not in self.buffers:
-            size = storage.nbytes() // value.dtype.itemsize
-            key = (value.dtype, size, sum(known[:2] == (value.dtype, size) for known in self.named))
-            drawn = value.dtype.is_floating_point or value.dtype == torch.bool
-            if value.is_meta or (drawn and not launch.is_meaningful(value)):
-                buffer = self._filled(key)
-            else:  # indices and the like: those that the example has
-                buffer = value.new_empty(0).set_(storage, 0, (size,), (1,)).to(self.device)
-                self.before[key] = buffer.clone()
-            self.named[key] = self.buffers[storage._cdata] = buffer
-        if value.dtype.is_floating_point:
-            self.dtypes.add(value.dtype)
-        flat = self.buffers[storage._cdata].view(value.dtype)
-        return flat.as_strided(value.shape, value.stride(), value.storage_offset())
-
-    def _filled(self, key: Buffer) -> Tensor:
-        """The numbers that a buffer begins with."""
-        if key in self.before:
-            return self.before[key]
-        dtype, size, number = key
-        generator = torch.Generator(self.device).manual_seed(1000 + number)
-        options: dict[str, Any] = {"generator": generator, "device": self.device}
-        if dtype.is_floating_point:
-            return (GAIN * torch.randn(size, **options)).to(dtype)
-        if dtype == torch.bool:
-            return torch.randint(2, (size,), **options) > 0
-        return torch.zeros(size, dtype=dtype, device=self.device)
-
-
-def _failure(replay: _Replay) -> str:
+def _failure(replay: Replay) -> str:
     """Why a replay does not run, "" where it does."""
     try:
         replay.run()
@@ -322,7 +260,7 @@ def _failure(replay: _Replay) -> str:
     return ""
 
 
-def _problem(replay: _Replay, expected: Mapping[Buffer, Tensor], bound: float) -> str:
+def _problem(replay: Replay, expected: Mapping[Buffer, Tensor], bound: float) -> str:
     """Why a candidate is out of the question: it does not run, or its outputs are not the shipped one's."""
     if reason := _failure(replay):
         return reason

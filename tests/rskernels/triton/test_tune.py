@@ -156,7 +156,7 @@ def test_replayed_launches_compute_what_the_operator_does(tiny, device):
     """Indices are the example's, floats are numbers, and the second launch reads what the first one wrote."""
     with launch.noting(CAPABILITY) as launches:
         forward(torch.empty(100))
-    replay = tuner._Replay(launches, device)
+    replay = tuner.Replay(launches, device)
     x = replay.launches[0].arguments[0].clone()
     replay.run()
     assert x.std() > 0.1
@@ -168,7 +168,7 @@ def test_numbers_that_mean_something_stay(device):
     places = launch.meaningful(torch.rand(64))
     with launch.noting(CAPABILITY) as launches:
         launch.launch(add_one, (1,), places, torch.empty(64), 64, BLOCK=64)
-    moved, _, _ = tuner._Replay(launches, device).launches[0].arguments
+    moved, _, _ = tuner.Replay(launches, device).launches[0].arguments
     assert torch.equal(moved.cpu(), places)
 
 
